@@ -1,0 +1,1 @@
+"""meshwright: any PyTorch module under any mix of parallelism, with the same numbers as on one device."""

@@ -1,0 +1,219 @@
+"""A decoder-only transformer, written for one device: the GPT and Llama families as one configurable module.
+
+`DecoderConfig` holds the sizes; `gpt(...)` and `llama(...)` fill in what makes each family. Inputs are token ids `[B, S]`
+(batch, sequence), outputs are logits `[B, S, V]` (vocabulary). Nothing here knows of ranks or meshes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and family of a decoder; `kv_heads < heads` is grouped-query attention, `experts > 0` a mixture of experts."""
+
+    layers: int = 4
+    hidden: int = 128
+    heads: int = 4
+    kv_heads: int = 4
+    ffn: int = 512
+    vocab: int = 256
+    sequence: int = 256
+    tied: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    positions: Literal["rotary", "learned"] = "rotary"
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    bias: bool = False
+    attention: Literal["flash", "eager"] = "flash"
+    dropout: float = 0.0
+    experts: int = 0
+    topk: int = 2
+    moe_ffn: int = 0
+    rope_theta: float = 10000.0
+
+
+def gpt(**sizes: Any) -> DecoderConfig:
+    """The GPT-2 / GPT-3 family: LayerNorm, learned positions, GELU, biases, tied embedding, `ffn = 4 * hidden`."""
+    hidden = sizes.get("hidden", 128)
+    heads = sizes.get("heads", 4)
+    family: dict[str, Any] = {
+        "norm": "layer",
+        "positions": "learned",
+        "activation": "gelu",
+        "bias": True,
+        "tied": True,
+        "ffn": 4 * hidden,
+        "kv_heads": heads,
+    }
+    return DecoderConfig(**(family | sizes))
+
+
+def llama(**sizes: Any) -> DecoderConfig:
+    """The Llama family: RMSNorm, rotary positions, SwiGLU, no bias, untied head; `ffn` rounds `8/3 * hidden` up to 64."""
+    hidden = sizes.get("hidden", 128)
+    heads = sizes.get("heads", 4)
+    family: dict[str, Any] = {
+        "norm": "rms",
+        "positions": "rotary",
+        "activation": "swiglu",
+        "bias": False,
+        "tied": False,
+        "ffn": 64 * math.ceil(8 * hidden / 3 / 64),
+        "kv_heads": heads,
+    }
+    return DecoderConfig(**(family | sizes))
+
+
+def _norm(config: DecoderConfig) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.hidden, eps=1e-5)
+    return nn.LayerNorm(config.hidden, bias=config.bias)
+
+
+def _rotary(sequence: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    frequencies = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    angles = torch.outer(torch.arange(sequence).float(), frequencies)
+    return angles.cos(), angles.sin()  # [S, D/2] each
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)  # [B, heads, S, D/2]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over `heads` queries and `kv_heads` keys and values."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden // config.heads
+        self.query = nn.Linear(config.hidden, config.heads * self.head_dim, bias=config.bias)
+        self.key = nn.Linear(config.hidden, config.kv_heads * self.head_dim, bias=config.bias)
+        self.value = nn.Linear(config.hidden, config.kv_heads * self.head_dim, bias=config.bias)
+        self.output = nn.Linear(config.heads * self.head_dim, config.hidden, bias=config.bias)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        batch, sequence, _ = x.shape
+        q = self.query(x).view(batch, sequence, -1, self.head_dim).transpose(1, 2)  # [B, heads, S, D]
+        k = self.key(x).view(batch, sequence, -1, self.head_dim).transpose(1, 2)
+        v = self.value(x).view(batch, sequence, -1, self.head_dim).transpose(1, 2)
+        if rotary is not None:
+            q, k = _rotate(q, *rotary), _rotate(k, *rotary)
+        groups = self.config.heads // self.config.kv_heads
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        if self.config.attention == "eager":
+            y = self._eager(q, k, v)
+        else:
+            dropout = self.config.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        out: Tensor = self.output(y.transpose(1, 2).reshape(batch, sequence, -1))
+        return out
+
+    def _eager(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)  # [B, heads, S, S]
+        sequence = q.shape[-2]
+        mask = torch.ones(sequence, sequence, dtype=torch.bool, device=q.device).triu(1)
+        weights = scores.masked_fill(mask, float("-inf")).softmax(dim=-1)
+        return F.dropout(weights, self.config.dropout, self.training) @ v
+
+
+class FeedForward(nn.Module):
+    """Two matrices and a GELU, or three matrices and a gated SiLU (SwiGLU)."""
+
+    def __init__(self, config: DecoderConfig, ffn: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden, ffn, bias=config.bias) if config.activation == "swiglu" else None
+        self.up = nn.Linear(config.hidden, ffn, bias=config.bias)
+        self.down = nn.Linear(ffn, config.hidden, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        out: Tensor = self.down(inner)
+        return out
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes to its `topk` experts of `experts`, weighted by the softmax of the chosen router logits."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.topk = config.topk
+        self.router = nn.Linear(config.hidden, config.experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(config, config.moe_ffn or config.ffn) for _ in range(config.experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])  # [T, H]
+        weights, chosen = self.router(tokens).float().softmax(dim=-1).topk(self.topk, dim=-1)
+        weights = (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
+        out = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            token, slot = (chosen == index).nonzero(as_tuple=True)
+            out = out.index_add(0, token, expert(tokens[token]) * weights[token, slot, None])
+        return out.view_as(x)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = _norm(config)
+        self.attention = Attention(config)
+        self.ffn_norm = _norm(config)
+        self.ffn = MixtureOfExperts(config) if config.experts else FeedForward(config, config.ffn)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary))
+        out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embedding, `layers` blocks, norm, head; token ids `[B, S]` to logits `[B, S, V]`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.hidden)
+        self.position = nn.Embedding(config.sequence, config.hidden) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = _norm(config)
+        self.head = nn.Linear(config.hidden, config.vocab, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+        if config.positions == "rotary":
+            cos, sin = _rotary(config.sequence, config.hidden // config.heads, config.rope_theta)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                into_residual = name.endswith(("output.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * self.config.layers) if into_residual else 1.0))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        sequence = tokens.shape[1]
+        x = self.embedding(tokens)  # [B, S, H]
+        rotary = None
+        if self.position is not None:
+            x = x + self.position(torch.arange(sequence, device=tokens.device))
+        else:
+            rotary = (self.get_buffer("cos")[:sequence], self.get_buffer("sin")[:sequence])
+        for block in self.blocks:
+            x = block(x, rotary)
+        out: Tensor = self.head(self.norm(x))
+        return out
