@@ -1,7 +1,7 @@
 """Model specs: the text after `--model`, turned into a zero-argument factory.
 
-A spec is a preset (`gpt-tiny`), an inline size (`gpt:layers=4,hidden=128,heads=4`, `llama:...`), or `package.module:callable`.
-This file only names models and their sizes; building and capturing them is left to others.
+A spec is a preset (`gpt-tiny`), an inline size (`gpt:layers=4,hidden=128,heads=4`, `llama:...`), or
+`package.module:callable`. This file only names models and their sizes; building and capturing them is left to others.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def parse_spec(text: str, **overrides: Any) -> ModelSpec:
     if rest:
         return ModelSpec(text, _import(family, rest, text))
     near = difflib.get_close_matches(text, list(presets()), n=1, cutoff=0.0)[0]
-    raise ConfigError(f"unknown model {text!r}: the nearest preset is {near!r}; or use gpt:..., llama:..., package.module:callable")
+    raise ConfigError(
+        f"unknown model {text!r}: the nearest preset is {near!r}; or use gpt:..., llama:..., package.module:callable"
+    )
 
 
 def _sizes(rest: str, text: str) -> dict[str, Any]:
@@ -70,7 +72,9 @@ def _sizes(rest: str, text: str) -> dict[str, Any]:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
             raise ConfigError(f"model {text!r} has no size {key!r}: the nearest is {near!r}")
         try:
-            sizes[key] = {"on": True, "off": False}[value] if fields[key] == "bool" else _number(value, str(fields[key]))
+            sizes[key] = (
+                {"on": True, "off": False}[value] if fields[key] == "bool" else _number(value, str(fields[key]))
+            )
         except (KeyError, ValueError):
             raise ConfigError(f"model {text!r}: {key}={value!r} is not a value of type {fields[key]}") from None
     return sizes

@@ -1,7 +1,7 @@
 """A decoder-only transformer, written for one device: the GPT and Llama families as one configurable module.
 
-`DecoderConfig` holds the sizes; `gpt(...)` and `llama(...)` fill in what makes each family. Inputs are token ids `[B, S]`
-(batch, sequence), outputs are logits `[B, S, V]` (vocabulary). Nothing here knows of ranks or meshes.
+`DecoderConfig` holds the sizes; `gpt(...)` and `llama(...)` fill in what makes each family. Inputs are token ids `[B,
+S]` (batch, sequence), outputs are logits `[B, S, V]` (vocabulary). Nothing here knows of ranks or meshes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,180 @@
+"""Which modules are the blocks: the outermost repeated units of a model, told from its structure alone.
+
+Nothing runs here: the parameters may be on meta, sharded or materialised, and the answer takes milliseconds. Execution
+order, what flows between blocks, and modules that are called several times are left to `chains.py`, which works on a
+capture. Attribute names are compared with each other (numbered siblings such as `down1`, `down2` declare a sequence)
+but never with a known word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from torch import nn
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Leaves of torch.nn that are as large as a layer; other torch.nn leaves (Linear, LayerNorm, ...) are parts of one.
+_LARGE_LEAVES = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Transformer)
+
+
+def block_names(module: nn.Module) -> list[str]:
+    """Names of the modules that are the repeated units of `module`, in registration order; `[]` if nothing repeats.
+
+    A block is an element of a list of modules of one class (or of numbered or equally shaped sibling attributes) that
+    owns parameters. The outermost repetition wins (a transformer layer, not the experts in it) except that stages,
+    whose shapes all differ and which hold a list of units themselves, are looked into. No block lies inside another.
+    Where only single `torch.nn` layers repeat (a plain MLP), those are the blocks; embedding tables are not, since they
+    can't follow one another.
+    """
+    tree = _Tree(module)
+    found = tree.blocks(module, "", repeated=False)
+    if not found:
+        found = tree.leaf_layers(module)
+    return found
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A module's structure: `kind` ignores shapes, `exact` has them; equal integers mean equal structures."""
+
+    kind: int
+    exact: int
+    owns: bool  # any parameter in the subtree
+    unit: bool  # large enough to be a block: children with parameters, or a leaf that is more than one torch.nn layer
+
+
+class _Tree:
+    """Structures of every module under a root, numbered once so that comparing two subtrees is comparing two integers."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._numbers: dict[Hashable, int] = {}
+        self._shapes: dict[int, _Shape] = {}
+        self._holding: dict[int, bool] = {}
+        self._measure(root)
+
+    def _number(self, key: Hashable) -> int:
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def shape(self, module: nn.Module) -> _Shape:
+        return self._shapes[id(module)]
+
+    def _measure(self, module: nn.Module) -> _Shape:
+        known = self._shapes.get(id(module))
+        if known is not None:
+            return known
+        children = [(name, self._measure(child)) for name, child in module.named_children()]
+        own = tuple((name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False))
+        buffers = tuple((name, tuple(b.shape)) for name, b in module.named_buffers(recurse=False))
+        is_container = isinstance(module, _CONTAINERS)
+        # A container says nothing by its class: what it holds tells one Sequential from another.
+        kind = self._number((type(module), tuple(shape.kind for _, shape in children) if is_container else ()))
+        exact = self._number((type(module), own, buffers, tuple((name, shape.exact) for name, shape in children)))
+        owns = bool(own) or any(shape.owns for _, shape in children)
+        has_matrix = any(len(size) >= 2 for _, size in own)
+        is_torch_leaf = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, _LARGE_LEAVES)
+        unit = any(shape.owns for _, shape in children) or (has_matrix and not is_torch_leaf)
+        shape = _Shape(kind, exact, owns, unit and owns)
+        self._shapes[id(module)] = shape
+        return shape
+
+    def _is_stage_list(self, module: nn.Module) -> bool:
+        """A container that only strings units together, as opposed to a Sequential of single layers that is a unit
+        itself.
+        """
+        owning = [child for child in module.children() if self.shape(child).owns]
+        return isinstance(module, _CONTAINERS) and bool(owning) and all(self.shape(child).unit for child in owning)
+
+    def blocks(self, module: nn.Module, prefix: str, repeated: bool) -> list[str]:
+        """Blocks under `module`; `repeated` says that its siblings repeat it, so that a list of one is a chain as well."""
+        children = [(name, child) for name, child in module.named_children() if self.shape(child).owns]
+        if isinstance(module, _CONTAINERS):
+            members = self._list_members(module, children, repeated)
+        else:
+            members = self._attribute_members(children)
+        stages = self._stages([child for name, child in children if name in members])
+        found: list[str] = []
+        for name, child in children:
+            path = f"{prefix}{name}"
+            if name not in members:
+                found += self.blocks(child, f"{path}.", repeated)
+            elif id(child) in stages:
+                found += self.blocks(child, f"{path}.", True) or [path]
+            else:
+                found.append(path)
+        return found
+
+    def _holds_blocks(self, module: nn.Module) -> bool:
+        """Whether a repetition lies inside; remembered by structure, since every level of the tree asks about all below
+        it.
+        """
+        exact = self.shape(module).exact
+        if exact not in self._holding:
+            self._holding[exact] = bool(self.blocks(module, "", repeated=False))
+        return self._holding[exact]
+
+    def _list_members(self, module: nn.Module, children: list[tuple[str, nn.Module]], repeated: bool) -> set[str]:
+        """Elements of a list that are repeated units. A Sequential may begin and end with something else; a ModuleList
+        may not.
+        """
+        units = [(name, child, self.shape(child).kind) for name, child in children if self.shape(child).unit]
+        units = [unit for unit in units if not self._is_stage_list(unit[1])] or units
+        counts = Counter(kind for _, _, kind in units)
+        if repeated and len(units) == len(children):
+            return {name for name, _, _ in units}
+        if not units or max(counts.values()) < 2:
+            return set()
+        if not isinstance(module, nn.Sequential) and len(units) == len(children):
+            return {name for name, _, _ in units}
+        adjacent = [i for i in range(1, len(units)) if units[i][2] == units[i - 1][2]]
+        if not adjacent:
+            return {name for name, _, kind in units if counts[kind] > 1}
+        inside = {kind for _, _, kind in units[adjacent[0] - 1 : adjacent[-1] + 1]}
+        return {name for name, _, kind in units if kind in inside}
+
+    def _attribute_members(self, children: list[tuple[str, nn.Module]]) -> set[str]:
+        """Attributes that repeat: numbered names of one class, or equal structures that hold no repetition themselves."""
+        numbered: dict[Hashable, list[str]] = defaultdict(list)
+        equal: dict[Hashable, list[str]] = defaultdict(list)
+        for name, child in children:
+            shape = self.shape(child)
+            if not any(self.shape(grandchild).owns for grandchild in child.children()):
+                continue  # a leaf is a part of something, unless a list says otherwise
+            stem = re.sub(r"\d+", "#", name)
+            if stem != name:
+                numbered[stem, shape.kind if not isinstance(child, _CONTAINERS) else "container"].append(name)
+            if not self._holds_blocks(child):
+                equal[shape.exact].append(name)
+        families = [*numbered.values(), *equal.values()]
+        return {name for family in families if len(family) >= 2 for name in family}
+
+    def _stages(self, members: list[nn.Module]) -> set[int]:
+        """Members to look into: lists of units, and families that differ in every shape and hold repeated units
+        themselves.
+        """
+        stages = {id(child) for child in members if self._is_stage_list(child)}
+        families: dict[int, list[nn.Module]] = defaultdict(list)
+        for child in members:
+            families[self.shape(child).kind].append(child)
+        for family in families.values():
+            all_differ = len({self.shape(child).exact for child in family}) == len(family)
+            if all_differ and any(self._holds_blocks(child) for child in family):
+                stages |= {id(child) for child in family}
+        return stages
+
+    def leaf_layers(self, module: nn.Module) -> list[str]:
+        """Single layers with a weight matrix that repeat in one list: what a plain MLP or a VGG consists of."""
+        found: list[str] = []
+        for name, parent in module.named_modules():
+            if not isinstance(parent, _CONTAINERS):
+                continue
+            layers = [(key, child) for key, child in parent.named_children() if self._is_weight_layer(child)]
+            counts = Counter(type(child) for _, child in layers)
+            found += [f"{name}.{key}".lstrip(".") for key, child in layers if counts[type(child)] >= 2]
+        return found
+
+    def _is_weight_layer(self, module: nn.Module) -> bool:
+        has_matrix = any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
+        return has_matrix and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
