@@ -1,0 +1,79 @@
+"""How a batch is cut into micro-batches, and how it meets the model.
+
+A batch is any nested container of tensors with the batch on dim 0 (0-dim tensors and other values belong to every row).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshwright._torch import tensors_of, tree_map_tensors
+from meshwright.errors import DataError
+
+
+def rows(batch: Any) -> int:
+    """Return the size of dim 0 of the batch's tensors, 0 for None.
+
+    Raises `DataError` if there is no tensor with a batch dimension, or if two disagree.
+    """
+    if batch is None:
+        return 0
+    sizes = {tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim()}
+    if len(sizes) != 1:
+        what = f"tensors with {sorted(sizes)} rows on dim 0" if sizes else "no tensor with a batch dimension"
+        raise DataError(f"a batch must hold tensors with one common size on dim 0, and this one holds {what}")
+    return sizes.pop()
+
+
+def split(batch: Any, parts: int) -> list[Any]:
+    """Cut a batch into `parts` micro-batches of nearly equal rows, in order; None where the rows run out."""
+    if parts == 1:
+        return [batch if batch is not None and rows(batch) else None]
+    total = rows(batch)
+    bounds = [total * part // parts for part in range(parts + 1)]
+
+    def cut(first: int, last: int) -> Any:
+        if first == last:
+            return None
+        return tree_map_tensors(lambda t: t[first:last] if t.dim() else t, batch)
+
+    return [cut(first, last) for first, last in zip(bounds, bounds[1:], strict=False)]
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return the batch with its tensors on `device`; host-to-device copies don't block where the memory is pinned."""
+    if all(tensor.device == device for tensor in tensors_of(batch)):
+        return batch
+    return tree_map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+def caller(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype | None) -> Callable[[Any], Any]:
+    """Return the function that runs `forward` (the module or a wrapper of it) on a batch.
+
+    A dict calls it with the entries that the module's `forward` accepts by name, a tuple or list with its first element, a
+    tensor with itself. Floating-point inputs are cast to `dtype` where one is given.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+    def cast(value: Any) -> Any:
+        if dtype is None:
+            return value
+        return tree_map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, value)
+
+    def call(batch: Any) -> Any:
+        if isinstance(batch, Tensor):
+            return forward(cast(batch))
+        if isinstance(batch, Mapping):
+            return forward(**cast({key: value for key, value in batch.items() if everything or key in named}))
+        if isinstance(batch, (tuple, list)) and batch:
+            return forward(cast(batch[0]))
+        raise DataError(f"a batch is a dict, a tuple, a list or a tensor, not a {type(batch).__name__}: pass forward_fn(model, batch)")
+
+    return call

@@ -1,0 +1,504 @@
+"""One training step on any mesh: the Engine, and `parallelize`, which makes one.
+
+The engine owns the arithmetic of a step: micro-batches, the weighting of losses by item count, accumulation, the norm and its
+clipping, non-finite values, the loss scale, the update. How gradients travel between ranks is left to `parallel/`.
+
+Weighting: a micro-batch's mean loss l over c items adds c * l / E to what is differentiated, where E is the number of items in
+the step's global batch. Gradients are then summed, over micro-batches and ranks, never averaged, so every item weighs the
+same however the batch is split. E is known only once every rank's count is; counts travel with the gradients, E is taken to be
+the last step's, and if it turns out otherwise the gradients are multiplied by the ratio before they are used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshwright import _torch
+from meshwright.engine import norm, state
+from meshwright.engine.batch import caller, rows, split, to_device
+from meshwright.engine.ledger import Ledger
+from meshwright.engine.optimizer import BoundOptimizer, OptimizerFactory
+from meshwright.engine.precision import LossScale, autocast, dtype_contract
+from meshwright.errors import ConfigError, DataError, TrainingError
+from meshwright.parallel import fsdp
+from meshwright.parallel.apply import COMPUTE_DTYPES, apply, refuse_unavailable
+from meshwright.parallel.materialise import derive_seed
+from meshwright.parallel.ranks import build_ranks, connect
+from meshwright.plan import Plan
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What one step (or evaluation) found; the same on every rank.
+
+    `loss` is the mean over the global batch's `items`; `grad_norm` is taken before clipping. `skipped` says that the weights
+    were left as they were, because a gradient was not finite. `loss_scale` is 1 except under fp16.
+    """
+
+    step: int
+    loss: float
+    items: int
+    grad_norm: float = 0.0
+    lr: float = 0.0
+    skipped: bool = False
+    loss_scale: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return asdict(self)
+
+
+def parallelize(
+    model: nn.Module | Callable[[], nn.Module],
+    plan: Plan | str = "auto",
+    *,
+    optimizer: OptimizerFactory | None = None,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    count_fn: Callable[[Any], int] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    example_batch: Any = None,
+    clip_grad_norm: float | None = None,
+    on_nonfinite: Literal["stop", "skip"] = "stop",
+    lr_schedule: Callable[[int], float] | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> Engine:
+    """Make a model run under a plan, on the ranks that are here; every rank calls it with the same arguments.
+
+    model: a module (changed in place; rank 0's values are the initial ones) or a zero-argument callable that builds one. The
+        callable is run on the meta device and its values are drawn from `seed`: the same for every mesh.
+    plan: a `Plan`, or its text; `AUTO` degrees take the ranks at hand. A process group that torchrun or Slurm announced is joined.
+    optimizer: takes the list of trainable parameters, returns any `torch.optim` optimizer.
+    loss_fn: `loss_fn(output, batch)` returns the mean loss over the batch's items, a scalar.
+    count_fn: how many items a batch holds; by default `loss_fn.count` if there is one, else its rows.
+    forward_fn: `forward_fn(model, batch)` in place of the rule by the batch's type (a dict calls `model` with the entries that
+        its forward accepts, a tuple or list with its first element, a tensor with itself).
+    example_batch: what a rank under zero=3 that has seen no batch yet computes on, to keep its peers company.
+    clip_grad_norm: the largest gradient norm that an update may use.
+    on_nonfinite: `stop` raises `TrainingError` on every rank, `skip` leaves the weights as they were; both before the update.
+    lr_schedule: `lr_schedule(step)` is what the learning rates are multiplied by in optimizer step 0, 1, ...
+
+    Raises `PlanError`, `ModelError` or `ConfigError` in one sentence, before anything is allocated where it can be known.
+    """
+    if on_nonfinite not in ("stop", "skip"):
+        raise ConfigError(f"on_nonfinite={on_nonfinite!r} is unknown: use 'stop' or 'skip'")
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ConfigError(f"clip_grad_norm={clip_grad_norm} must be greater than 0, or None for no clipping")
+    if not callable(model):
+        raise ConfigError(f"model must be an nn.Module or a function that builds one, not a {type(model).__name__}")
+    parsed = Plan.parse(plan) if isinstance(plan, str) else plan
+    refuse_unavailable(parsed)
+    connect()
+    parsed = parsed.resolve(dist.get_world_size() if dist.is_initialized() else 1)
+    settings = _Settings(
+        loss_fn=loss_fn,
+        count_fn=count_fn or getattr(loss_fn, "count", None) or rows,
+        forward_fn=forward_fn,
+        clip_grad_norm=clip_grad_norm,
+        on_nonfinite=on_nonfinite,
+        lr_schedule=lr_schedule,
+        seed=seed,
+    )
+    return Engine(model, parsed, optimizer, settings, example_batch, device)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    loss_fn: Callable[[Any, Any], Tensor] | None
+    count_fn: Callable[[Any], int]
+    forward_fn: Callable[[nn.Module, Any], Any] | None
+    clip_grad_norm: float | None
+    on_nonfinite: str
+    lr_schedule: Callable[[int], float] | None
+    seed: int
+
+
+class Engine:
+    """A model under a plan. Made by `parallelize`; see DESIGN.md for the two ways to drive it.
+
+    `module` is the model (its parameters under their own names), `optimizer` the torch optimizer over this rank's share,
+    `data_rank` of `data_ranks` the share of each global batch that this process feeds, `steps` the optimizer steps done.
+    """
+
+    _opened = 0
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        plan: Plan,
+        optimizer: OptimizerFactory | None,
+        settings: _Settings,
+        example_batch: Any,
+        device: torch.device | None,
+    ) -> None:
+        """Apply `plan`, then build the optimizer over what is this rank's to update."""
+        self.plan = plan
+        self.ranks = build_ranks(plan, device)
+        self._settings = settings
+        self._applied = apply(model, plan, self.ranks, settings.seed)
+        self.module = self._applied.module
+        self.table = self._applied.table
+        self._bound = BoundOptimizer(optimizer, self.table, self.ranks) if optimizer else None
+        self.dtypes = dtype_contract(plan.precision, self.table)
+        self.data_rank, self.data_ranks = self.ranks.data_rank, self.ranks.data_ranks
+        self.steps = 0
+        self.loss_scale = LossScale.of(plan.precision)
+        self._call = caller(self.module, self._applied.forward, COMPUTE_DTYPES[plan.precision])
+        if settings.forward_fn is not None:
+            self._call = lambda batch: settings.forward_fn(self._applied.forward, batch)  # type: ignore[misc,arg-type]
+        Engine._opened += 1  # engines are made in the same order on every rank, so the count names this one on all of them
+        self._ledger = Ledger(self.ranks.rank, self.ranks.world_size, f"engine-{Engine._opened}", timeout_s=1800.0)
+        self._spare = example_batch
+        self._expected: float | None = None
+        self._micro_batches = 0
+        self._forgotten_count = 0
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Return the torch optimizer; its groups hold this rank's share of the parameters."""
+        return self._optimizer().torch
+
+    def _optimizer(self) -> BoundOptimizer:
+        if self._bound is None:
+            raise ConfigError("this engine was made without optimizer=: pass optimizer=lambda params: torch.optim.AdamW(params, lr=...)")
+        return self._bound
+
+    # One call does it all
+
+    def step(self, batch: Any) -> Metrics:
+        """Run one optimizer step on this data rank's share of the global batch; every data rank must call it.
+
+        Cuts the share into `plan.microbatches` parts, and weights by item counts. A rank that is out of data passes None (or a
+        batch without rows) until its peers are done; a rank that has left its loop for another call of this engine takes part
+        by itself. Raises `TrainingError` on every rank for a non-finite gradient (unless it is to be skipped), `DataError`
+        for a batch of no rank.
+        """
+        self._ledger.enter_step()
+        return self._step(batch)
+
+    def _step(self, batch: Any) -> Metrics:
+        optimizer = self._optimizer()
+        try:
+            parts = split(batch, self.plan.microbatches)
+            counts = [self._settings.count_fn(part) if part is not None else 0 for part in parts]
+            self._expect(sum(counts))
+            for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
+                self._micro_step(part, int(count), last=index == len(parts) - 1)
+            return self._update(optimizer)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _micro_step(self, part: Any, count: int, last: bool) -> None:
+        with self._randomness():
+            if count == 0 or part is None:
+                self._begin(last)
+                if self._applied.sharded:
+                    self._keep_company(part)
+            else:
+                part = to_device(part, self.ranks.device)
+                with autocast(self.plan.precision, self.ranks.device):
+                    loss = self._loss(self._call(part), part)
+                self._add(loss, count)
+                self._begin(last)
+                self._differentiate(loss, count)
+                if self._applied.sharded:
+                    self._spare = part
+            if self._applied.buckets is not None:
+                self._applied.buckets.finish()
+
+    def _loss(self, output: Any, batch: Any) -> Tensor:
+        if self._settings.loss_fn is None:
+            raise ConfigError("this engine was made without loss_fn=: pass loss_fn=, or use engine(batch), engine.backward(loss)")
+        return _scalar(self._settings.loss_fn(output, batch), "loss_fn returned")
+
+    # The parts, for a hand-written loop
+
+    def __call__(self, batch: Any) -> Any:
+        """Return the model's output for this rank's batch; with gradients enabled, `backward` takes a loss of it next.
+
+        In a hand-written loop all ranks must make the same number of calls. Accumulation is calling `backward` more than once.
+        """
+        if torch.is_grad_enabled():
+            self._expect(count := int(self._settings.count_fn(batch)))
+            self._forgotten_count = count
+            self._begin(last=False, by_hand=True)
+        with autocast(self.plan.precision, self.ranks.device):
+            return self._call(to_device(batch, self.ranks.device))
+
+    def backward(self, loss: Tensor) -> None:
+        """Differentiate a loss that is the mean over the items of the batch that the engine was last called with."""
+        self._add(_scalar(loss, "the loss is"), self._forgotten_count)
+        self._differentiate(loss, self._forgotten_count)
+        if self._applied.buckets is not None:
+            self._applied.buckets.finish()
+
+    def optimizer_step(self) -> Metrics:
+        """Reduce what is left to reduce, clip, update, and free the gradients; every rank must call it."""
+        self._reduce_rest()
+        return self._update(self._optimizer())
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Return the gradients of the backwards since the last update, by name, whole, on the CPU of rank 0 (elsewhere empty).
+
+        They are those of the global mean loss, before clipping. For a hand-written loop, before `optimizer_step`; every rank
+        must call it.
+        """
+        self._reduce_rest()
+        _, items, _ = self._collect()
+        ratio = (self._expected or 1.0) / (max(1.0, items) * self.loss_scale.value)
+        gradients = {}
+        for entry in self.table:
+            if entry.gradient is not None and entry.shape.numel():
+                full = state.gather_rows(entry, entry.gradient, self.ranks)
+                if self.ranks.rank == 0:
+                    gradients.update(dict.fromkeys(entry.names, full.cpu() * ratio))
+        return gradients
+
+    def _reduce_rest(self) -> None:
+        if self._applied.buckets is not None and not self._applied.buckets.reduced:
+            self._begin(last=True)
+            self._applied.buckets.finish()
+
+    # Inside a step
+
+    def _begin(self, last: bool, by_hand: bool = False) -> None:
+        if self._applied.buckets is not None:
+            self._applied.buckets.begin(last, self._sums)
+        if self._applied.sharded and self.ranks.group("dp_replicate") is not None:
+            fsdp.reduce_on_last(self.module, last or by_hand)
+
+    def _add(self, loss: Tensor, count: int) -> None:
+        self._sums[0] += loss.detach() * count
+        self._sums[1] += count
+
+    def _differentiate(self, loss: Tensor, count: int) -> None:
+        assert self._expected is not None
+        (loss * (self.loss_scale.value * count / self._expected)).backward()
+
+    def _expect(self, count: int) -> None:
+        """Before the first step agree on the number of items that losses are divided by: one number, all-reduced once."""
+        if self._expected is None:
+            total = torch.tensor(float(count), dtype=torch.float64, device=self.ranks.device)
+            if self.ranks.mesh is not None:
+                dist.all_reduce(total)
+            self._expected = max(1.0, total.item())
+
+    def _keep_company(self, part: Any) -> None:
+        """Send the collectives of a forward and backward under zero=3 without adding to any gradient."""
+        batch = part if part is not None else self._spare
+        if batch is None:
+            raise TrainingError(f"rank {self.ranks.rank} has no batch and never had one: pass example_batch= to parallelize")
+        used = [entry.used for entry in self._applied.sharded]
+        with autocast(self.plan.precision, self.ranks.device):
+            output = self._call(to_device(batch, self.ranks.device))
+        differentiable = [tensor for tensor in _torch.tensors_of(output) if tensor.requires_grad]
+        torch.autograd.backward(differentiable, [torch.zeros_like(tensor) for tensor in differentiable])
+        for entry, before in zip(self._applied.sharded, used, strict=True):
+            entry.used = before
+
+    def _collect(self) -> tuple[float, float, float]:
+        """Give every entry its reduced gradient; return the sums (loss, items) over all ranks, and the gradients' norm.
+
+        The same values on every rank. Where all ranks hold the whole gradient the sums came with it and the norm is local;
+        else one more all-reduce carries both, and which parameters of FSDP2 were used.
+        """
+        applied = self._applied
+        sums = self._sums
+        if applied.buckets is not None:
+            sums = applied.buckets.attach()
+        elif not applied.sharded:
+            for entry in self.table:
+                entry.gradient = entry.live.grad
+        fsdp.attach(applied.sharded)
+        share = norm.square_sum(self.table, self.plan.dp_replicate, self.data_ranks)
+        if not any(entry.sharded for entry in self.table):
+            loss_sum, items = sums.tolist()
+            return loss_sum, items, math.sqrt(share.item() * self.data_ranks)
+        flags = [float(entry.used) for entry in applied.sharded]
+        flags_there = torch.tensor(flags, dtype=torch.float64, device=share.device)
+        mine = torch.cat([self._sums, share[None], flags_there])
+        dist.all_reduce(mine)  # 8 * (3 + parameters) bytes over every rank
+        loss_sum, items, square, *users = mine.tolist()
+        for entry, count in zip(applied.sharded, users, strict=True):
+            entry.gradient = entry.gradient if count else None
+        return loss_sum, items, math.sqrt(square)
+
+    def _update(self, optimizer: BoundOptimizer) -> Metrics:
+        loss_sum, items, raw_norm = self._collect()
+        if items == 0:
+            raise DataError(f"step {self.steps}: no rank has an item to train on")
+        assert self._expected is not None
+        scale = self.loss_scale.value
+        ratio = self._expected / (items * scale)
+        grad_norm = raw_norm * ratio
+        finite = math.isfinite(grad_norm)
+        overflow = self.loss_scale.dynamic and scale > 1.0  # fp16 finds its scale by overflowing: no news
+        if not finite and not overflow and self._settings.on_nonfinite == "stop":
+            raise TrainingError(
+                f"step {self.steps}: the gradient norm is {grad_norm} (loss {loss_sum / items:.4g}); the weights are as before "
+                "the step: lower the learning rate, look at the batch, or set on_nonfinite=skip"
+            )
+        if self._settings.lr_schedule is not None:
+            optimizer.scale_rates(self._settings.lr_schedule(self.steps))
+        if finite:
+            norm.scale(self.table, ratio * norm.clip_coefficient(grad_norm, self._settings.clip_grad_norm))
+            optimizer.step()
+            if self._applied.buckets is not None:
+                with torch.no_grad():
+                    self._applied.buckets.publish()
+        self.loss_scale.update(finite)
+        self._average_batch_norms()
+        self._clear()
+        self._expected = items
+        rate = optimizer.torch.param_groups[0]["lr"]
+        metrics = Metrics(self.steps, loss_sum / items, round(items), grad_norm, rate, not finite, scale)
+        self.steps += finite
+        return metrics
+
+    def _average_batch_norms(self) -> None:
+        if self._applied.batch_norms and self.ranks.mesh is not None:
+            flat = torch.cat([buffer.flatten() for buffer in self._applied.batch_norms])
+            dist.all_reduce(flat)  # the running means and variances, over every rank
+            flat /= self.data_ranks
+            sizes = [buffer.numel() for buffer in self._applied.batch_norms]
+            for buffer, part in zip(self._applied.batch_norms, flat.split(sizes), strict=True):
+                buffer.copy_(part.view_as(buffer))
+
+    def _clear(self) -> None:
+        if self._applied.buckets is not None:
+            self._applied.buckets.clear()
+        for entry in self.table:
+            entry.live.grad = entry.gradient = None
+            entry.used = False
+        self._sums = torch.zeros_like(self._sums)
+        self._micro_batches = 0
+
+    def _abandon(self) -> None:
+        """After an exception in mid-step: drop what it left, so that the weights stand as before the step."""
+        if self._applied.sharded:
+            _torch.fsdp_reset(self.module)  # type: ignore[arg-type]
+        self._clear()
+
+    @contextmanager
+    def _randomness(self) -> Iterator[None]:
+        """Draw dropout from (seed, step, micro-batch, data rank) inside, and leave the caller's generators as they were.
+
+        So a run that was resumed draws the masks of one that was not, and no two data ranks draw the same.
+        """
+        generators = _torch.seeded_default_generators(self.ranks.device)
+        states = [generator.get_state() for generator in generators]
+        seed = derive_seed(self._settings.seed, self.steps, self._micro_batches, self.data_rank)
+        self._micro_batches += 1
+        for generator in generators:
+            generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for generator, before in zip(generators, states, strict=True):
+                generator.set_state(before)
+
+    # Without gradients
+
+    @torch.no_grad()
+    def evaluate(self, batch: Any) -> Metrics:
+        """Return the global mean loss over every rank's batch, in evaluation mode; every rank must call it (None: no data)."""
+        self._enter_call()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        part = batch if rows(batch) else None
+        count = int(self._settings.count_fn(part)) if part is not None else 0
+        if part is not None or self._applied.sharded:
+            output, on_device = self._infer(part if part is not None else self._spare)
+            if count:
+                with autocast(self.plan.precision, self.ranks.device):
+                    sums[0] = self._loss(output, on_device) * count
+                sums[1] = count
+        if self.ranks.mesh is not None:
+            dist.all_reduce(sums)  # (loss, items) over every rank
+        loss_sum, items = sums.tolist()
+        if items == 0:
+            raise DataError("no rank has an item to evaluate")
+        return Metrics(self.steps, loss_sum / items, round(items))
+
+    @torch.no_grad()
+    def infer(self, batch: Any) -> Any:
+        """Return the model's output for a batch, in evaluation mode; every rank must call it, with its own or the same batch."""
+        self._enter_call()
+        return self._infer(batch)[0]
+
+    def _infer(self, batch: Any) -> tuple[Any, Any]:
+        on_device = to_device(batch, self.ranks.device)
+        modes = [(module, module.training) for module in self.module.modules()]
+        self.module.eval()
+        try:
+            with autocast(self.plan.precision, self.ranks.device):
+                return self._call(on_device), on_device
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Iterate a loader whose length may differ between ranks: yields None on a rank that is done until all are."""
+        iterator = iter(loader)
+        while True:
+            batch = next(iterator, None)
+            left = torch.tensor(float(batch is not None), device=self.ranks.device)
+            if self.ranks.mesh is not None:
+                dist.all_reduce(left, op=dist.ReduceOp.MAX)  # 4 bytes: does any rank have a batch?
+            if not left.item():
+                return
+            yield batch
+
+    # State
+
+    def _enter_call(self) -> None:
+        def join() -> None:
+            self._ledger.steps += 1
+            with torch.enable_grad():
+                self._step(None)
+
+        self._ledger.enter_call(join)
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Return every parameter and buffer under its original name, whole, on the CPU of rank 0; elsewhere an empty dict.
+
+        Every rank must call it. Parameters come from the full-precision masters. Tied names share one tensor.
+        """
+        self._enter_call()
+        return state.full_state_dict(self)
+
+    def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
+        """Save parameters, buffers, optimizer states and position as a checkpoint directory; every rank must call it.
+
+        The directory appears complete or not at all. `extra` holds JSON values of the caller's, given back by `load`.
+        """
+        from meshwright.checkpoint import save
+
+        self._enter_call()
+        save(self, Path(path), extra or {})
+
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Load a checkpoint that was saved under any plan; return its `extra`. Every rank must call it."""
+        from meshwright.checkpoint import load
+
+        self._enter_call()
+        return load(self, Path(path))
+
+
+def _scalar(loss: Any, what: str) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.dim():
+        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ConfigError(f"{what} {found}, not a scalar: return the mean over the batch's items")
+    if not loss.requires_grad and torch.is_grad_enabled():
+        raise ConfigError(f"{what} a scalar that does not depend on any trainable parameter: nothing would be trained")
+    return loss

@@ -1,0 +1,154 @@
+"""Applies a resolved Plan to a model, in one fixed order; the page to read first in this room.
+
+model on the meta device (or as given) -> parameter table (ties) -> FSDP2 units -> memory for what is left on meta, and initial
+values, the same for every mesh -> gradient buckets with full-precision masters. Later axes take their place in this order.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshwright._torch import tensors_of, tree_map_tensors
+from meshwright.blueprint.blocks import block_names
+from meshwright.errors import ModelError, PlanError
+from meshwright.parallel import fsdp, materialise
+from meshwright.parallel.buckets import Buckets
+from meshwright.parallel.parameters import Parameter, collect
+from meshwright.parallel.ranks import Ranks
+from meshwright.plan import Plan
+
+COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precision in the plan -> the dtype that matmuls run in; None leaves every tensor in the dtype the model gave it."""
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass
+class Applied:
+    """A module made parallel: what the engine drives.
+
+    `sharded` are the entries that FSDP2 holds, `buckets` reduces the others (None where one rank trains in its own dtype, and
+    autograd's gradients are used as they are). `batch_norms` are the statistics that are averaged over ranks after each step.
+    """
+
+    module: nn.Module
+    forward: Callable[..., object]
+    table: list[Parameter]
+    sharded: list[Parameter]
+    buckets: Buckets | None
+    batch_norms: list[Tensor] = field(default_factory=list)
+
+
+def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, seed: int) -> Applied:
+    """Make `model` run under `plan` on `ranks`, in place for a module. Every rank must call it with the same arguments.
+
+    Raises `PlanError` for what this version can't run, `ModelError` for a model that can't be built or initialised.
+    """
+    refuse_unavailable(plan)
+    if isinstance(model, nn.Module):
+        module, recording = model, None
+    else:
+        module, recording = materialise.build(model, seed)
+    table = collect(module)
+    if not any(entry.trainable for entry in table):
+        raise ModelError("the model has no parameter that requires a gradient: there is nothing to train")
+    values = _Values(module, table, recording)
+    compute_dtype = COMPUTE_DTYPES[plan.precision]
+    if recording is None:
+        module.to(ranks.device)
+        _copy_from_rank_zero(module, ranks)
+    sharded: list[Parameter] = []
+    if plan.dp_shard > 1 and plan.zero == 3:
+        sharded = fsdp.shard(module, block_names(module), table, ranks, compute_dtype)
+    if recording is not None:
+        module.to_empty(device=ranks.device)
+        values.fill(module, table)
+    if sharded:
+        fsdp.watch_use(module, sharded)
+    left = [entry for entry in table if entry.shape.numel() and not any(entry is taken for taken in sharded)]
+    buckets = None
+    if ranks.world_size > 1 or compute_dtype is not None:
+        stage = 0 if plan.dp_shard == 1 else min(plan.zero, 2)
+        buckets = Buckets(left, ranks, stage, compute_dtype) if any(entry.trainable for entry in left) else None
+    forward: Callable[..., object] = module
+    if plan.data_parallel and torch.cuda.device_count() > 1:
+        forward = nn.DataParallel(module)
+    return Applied(module, forward, table, sharded, buckets, _batch_norm_statistics(module, ranks))
+
+
+def refuse_unavailable(plan: Plan) -> None:
+    """Raise `PlanError` for a legal plan that this version does not execute yet."""
+    default = Plan()
+    for name in ("tp", "sp", "cp", "pp", "ep", "schedule", "virtual", "recompute", "offload", "compile"):
+        if getattr(plan, name) != getattr(default, name):
+            item = str(Plan(**{name: getattr(plan, name)})) if name != "sp" else "sp=on"
+            raise PlanError(f"{item} is not available in this version: leave {name} out; dp_replicate, dp_shard and zero are")
+    if plan.precision not in COMPUTE_DTYPES:
+        raise PlanError(f"precision={plan.precision} is not available in this version: the nearest is precision=bf16")
+
+
+class _Values:
+    """The initial values of everything in a module that was built on the meta device."""
+
+    def __init__(self, module: nn.Module, table: list[Parameter], recording: materialise.Recording | None) -> None:
+        self.recording = recording
+        tensors = [*((entry.name, entry.original) for entry in table), *module.named_buffers(remove_duplicate=False)]
+        unknown = [name for name, tensor in tensors if tensor.is_meta and not (recording and recording.knows(tensor))]
+        if unknown:
+            raise ModelError(
+                f"{unknown[0]} is on the meta device and its initial value is unknown: pass the function that builds the "
+                "model instead of the built module"
+            )
+        # Aliases: `to_empty` gives the module's own tensors other storage.
+        self.tensors = {name: tensor.detach() for name, tensor in tensors} if recording else {}
+
+    def fill(self, module: nn.Module, table: list[Parameter]) -> None:
+        """Give every parameter (this rank's rows of it), buffer and tensor attribute its value; one whole tensor at a time."""
+        assert self.recording is not None
+        with torch.no_grad():
+            for entry in table:
+                target = entry.live.to_local() if entry.sharded else entry.live  # type: ignore[operator]
+                target.copy_(entry.local(self._value(self.tensors[entry.name])))
+            for name, buffer in module.named_buffers(remove_duplicate=False):
+                buffer.copy_(self._value(self.tensors[name]))
+        for child in module.modules():
+            for name, attribute in list(vars(child).items()):
+                # Parameters, buffers and submodules live under underscored names and are filled already.
+                if not name.startswith("_") and isinstance(attribute, (Tensor, list, tuple, dict)):
+                    if any(tensor.is_meta for tensor in tensors_of(attribute)):
+                        setattr(child, name, tree_map_tensors(self._value, attribute))
+
+    def _value(self, tensor: Tensor) -> Tensor:
+        assert self.recording is not None
+        return self.recording.value(tensor) if self.recording.knows(tensor) else tensor
+
+
+def _copy_from_rank_zero(module: nn.Module, ranks: Ranks) -> None:
+    """Broadcast every parameter and buffer from rank 0: ranks that were seeded differently still start equal."""
+    if ranks.mesh is None:
+        return
+    tensors = [tensor.detach() for tensor in (*module.parameters(), *module.buffers()) if tensor.numel()]
+    sent = [tensor.contiguous() for tensor in tensors]
+    for work in [dist.broadcast(tensor, 0, async_op=True) for tensor in sent]:
+        work.wait()
+    for tensor, received in zip(tensors, sent, strict=True):
+        if received is not tensor:
+            tensor.copy_(received)
+
+
+def _batch_norm_statistics(module: nn.Module, ranks: Ranks) -> list[Tensor]:
+    norms = [child for child in module.modules() if isinstance(child, _BATCH_NORMS) and child.track_running_stats]
+    if norms and ranks.data_ranks > 1 and ranks.rank == 0:
+        warnings.warn(
+            "BatchNorm normalises each rank's micro-batch by that micro-batch's own statistics, so results depend on how the "
+            "batch is split; the running statistics are averaged over ranks after each step (use GroupNorm or SyncBatchNorm "
+            "for results that do not)",
+            stacklevel=2,
+        )
+    return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]

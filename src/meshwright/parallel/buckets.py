@@ -1,0 +1,310 @@
+"""`dp_replicate`, and `zero=1` and `zero=2` of `dp_shard`: gradients reduced in flat buckets while the backward still runs.
+
+One mechanism serves the three, because they differ only in what happens to a full bucket:
+
+| mode      | when a bucket is full                      | what stays after the backward | after the update        |
+|-----------|--------------------------------------------|-------------------------------|-------------------------|
+| replicate | all-reduce, 2 Psi (N-1)/N elements in all  | full gradients                | nothing                 |
+| zero=1    | reduce-scatter in place, Psi (N-1)/N       | the full buckets              | all-gather, Psi (N-1)/N |
+| zero=2    | reduce-scatter, then the bucket is freed   | this rank's rows              | all-gather, Psi (N-1)/N |
+
+torch's DistributedDataParallel is not used: it needs a flag for unused parameters, can't let ranks differ in which they use,
+divides by ranks rather than by items, reduces in the parameter's dtype and knows no ZeRO stage.
+
+Every bucket carries a tail beside its gradients: one number per parameter that counts the ranks that used it, and in one of
+the buckets the step's sums (loss, items). The tail rides on a collective that is sent anyway, so a replicated step needs no
+other one. (Under zero=1 and zero=2 each row is summed by itself, perhaps in another order: only exact numbers are read there.)
+
+Buckets are sent in one fixed order (last parameters first, as the backward meets them), so ranks whose backward takes another
+path, or that have no data at all, still send the same collectives; what a rank did not compute counts as zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshwright import _torch
+from meshwright.parallel.parameters import Parameter, shard_rows
+from meshwright.parallel.ranks import Ranks
+
+_LARGEST_BYTES = 25 * 2**20  # torch DDP's default bucket: large enough for bandwidth, small enough to overlap
+_SMALLEST_BYTES = 2**20
+_TARGET_BUCKETS = 16  # so that under zero=2 the one full bucket in flight stays small beside the model
+
+
+@dataclass
+class _Bucket:
+    """Parameters that travel together, as a matrix [shards, width + tail]; row r is what shard rank r keeps.
+
+    `columns` says, per entry, which (first, count) elements of every row are its own.
+    """
+
+    entries: list[Parameter]
+    columns: list[tuple[int, int]]
+    width: int
+    tail: int
+    dtype: torch.dtype
+    live_dtype: torch.dtype
+    waiting: int = 0
+    buffer: Tensor | None = None
+    filled: set[int] = field(default_factory=set)
+    part: Tensor | None = None  # this rank's reduced row
+    kept: Tensor | None = None  # zero=2: this rank's row summed over the micro-batches so far
+    work: dist.Work | None = None
+
+
+class Buckets:
+    """Reduces the gradients of `entries` over one plan's data-parallel ranks.
+
+    `stage` is 0 (replicate), 1 or 2. The life of a step: `begin(last, sums)` before each backward, hooks during it, `finish()`
+    after it; then `attach()` gives the optimizer its gradients, and after the update `publish()` brings the live parameters up
+    to date. `clear()` frees gradients. All ranks must call these together.
+    """
+
+    def __init__(self, entries: list[Parameter], ranks: Ranks, stage: int, compute_dtype: torch.dtype | None) -> None:
+        """Split the masters of `entries`, cut them into buckets and hook their gradients."""
+        self.stage = stage
+        self.shard_group = ranks.group("dp_shard") if stage else None
+        self.sum_group = ranks.group("dp_replicate") if stage else _world(ranks)
+        self.shards = dist.get_world_size(self.shard_group) if self.shard_group else 1
+        self.shard_rank = dist.get_rank(self.shard_group) if self.shard_group else 0
+        self.entries = entries
+        self._storage: dict[int, Tensor] = {}
+        for entry in entries:
+            self._split(entry, compute_dtype)
+        self.trainable = [entry for entry in entries if entry.trainable]
+        self.buckets = self._cut([entry for entry in reversed(self.trainable) if entry.shape.numel()])
+        self._carrier = max(self.buckets, key=lambda bucket: bucket.dtype.itemsize)  # of the sums that `begin` takes
+        self._carrier.tail += 2
+        self.reduced = False  # whether this step's gradients have been summed over the ranks
+        self._last = True
+        self._next = 0
+        self._sums = torch.zeros(2)
+        for bucket in self.buckets:
+            for index, entry in enumerate(bucket.entries):
+                entry.live.register_post_accumulate_grad_hook(self._hook(bucket, index))
+
+    def _split(self, entry: Parameter, compute_dtype: torch.dtype | None) -> None:
+        """Give `entry` its live tensor in the compute dtype, and its master: all or this rank's rows of the original."""
+        if not entry.trainable:
+            return  # nothing updates it: one copy, in the dtype it came in
+        full = entry.live.detach()
+        live_dtype = compute_dtype if compute_dtype is not None and full.is_floating_point() else full.dtype
+        if self.shard_group is not None and full.dim() > 0 and full.numel():
+            rows = -(-entry.shape[0] // self.shards)
+            # The storage holds a multiple of the shards in rows, so that every rank sends and receives equal parts.
+            storage = full.new_zeros((rows * self.shards, *entry.shape[1:]), dtype=live_dtype)
+            live = storage[: entry.shape[0]].copy_(full)
+            entry.rows = shard_rows(entry.shape[0], self.shards, self.shard_rank)
+            entry.master = nn.Parameter(entry.local(live) if live_dtype == full.dtype else entry.local(full).clone())
+            entry.live.data = live
+            self._storage[id(entry)] = storage
+        elif live_dtype != full.dtype:
+            entry.master = nn.Parameter(full.clone())
+            entry.live.data = full.to(live_dtype)
+
+    def _cut(self, entries: list[Parameter]) -> list[_Bucket]:
+        total = sum(entry.shape.numel() * entry.master.element_size() for entry in entries)
+        limit = min(_LARGEST_BYTES, max(_SMALLEST_BYTES, total // _TARGET_BUCKETS))
+        buckets: list[_Bucket] = []
+        for entry in entries:
+            dtype = torch.promote_types(entry.dtype, torch.float32)
+            storage = self._storage.get(id(entry))
+            # What can't be split (a scalar) travels whole in every row.
+            count = entry.shape.numel() if storage is None else storage.numel() // self.shards
+            bucket = buckets[-1] if buckets else None
+            if (
+                bucket is None
+                or (bucket.width + count) * self.shards * dtype.itemsize > limit
+                or (bucket.dtype, bucket.live_dtype) != (dtype, entry.live.dtype)
+            ):
+                bucket = _Bucket([], [], 0, 0, dtype, entry.live.dtype)
+                buckets.append(bucket)
+            bucket.columns.append((bucket.width, count))
+            bucket.entries.append(entry)
+            bucket.width += count
+        for bucket in buckets:
+            bucket.tail = len(bucket.entries)
+        return buckets
+
+    # During the backward
+
+    def begin(self, last: bool, sums: Tensor) -> None:
+        """Prepare for one backward; `last` says it is the step's last, whose `sums` [2] travel in a tail."""
+        self._last, self._next, self._sums = last, 0, sums
+        for bucket in self.buckets:
+            bucket.waiting = len(bucket.entries)
+
+    def _hook(self, bucket: _Bucket, index: int):  # type: ignore[no-untyped-def]
+        entry = bucket.entries[index]
+
+        def collect(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            assert gradient is not None
+            parameter.grad = None
+            entry.used = True
+            self._write(bucket, index, gradient)
+            bucket.waiting -= 1
+            if bucket.waiting == 0 and (self._last or self.stage == 2):
+                while self._next < len(self.buckets) and self.buckets[self._next].waiting == 0:
+                    self._launch(self.buckets[self._next])
+
+        return collect
+
+    def _write(self, bucket: _Bucket, index: int, gradient: Tensor) -> None:
+        """Copy (or add, from the second micro-batch on) one full gradient into its columns of the bucket."""
+        if bucket.buffer is None:
+            bucket.buffer = gradient.new_empty((self.shards, bucket.width + bucket.tail), dtype=bucket.dtype)
+            bucket.filled.clear()
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        pairs = self._pieces(bucket, index, gradient)
+        if index in bucket.filled:
+            for target, source in pairs:
+                target.add_(source)
+            return
+        bucket.filled.add(index)
+        if bucket.entries[index].shape[0:1].numel() % self.shards:  # the rows that pad it must count as zero
+            first, count = bucket.columns[index]
+            bucket.buffer[:, first : first + count].zero_()
+        for target, source in pairs:
+            target.copy_(source)
+
+    def _pieces(self, bucket: _Bucket, index: int, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return (columns of the bucket, part of the gradient) pairs that together cover the gradient."""
+        assert bucket.buffer is not None
+        first, count = bucket.columns[index]
+        if self.shards == 1 or not bucket.entries[index].sharded:
+            return [(row[first : first + count], gradient.reshape(-1)) for row in bucket.buffer]
+        whole = gradient.numel() // count  # ranks whose rows are all there
+        flat = gradient.reshape(-1)
+        pairs = [(bucket.buffer[:whole, first : first + count], flat[: whole * count].view(whole, count))]
+        rest = gradient.numel() - whole * count
+        if rest:
+            pairs.append((bucket.buffer[whole, first : first + rest], flat[whole * count :]))
+        return pairs
+
+    def _launch(self, bucket: _Bucket) -> None:
+        """Send a bucket: reduce-scatter [shards, width + tail] over dp_shard, or all-reduce it over every data rank."""
+        if self._next and self.stage == 2:
+            self._harvest(self.buckets[self._next - 1])  # at most two full buckets live at a time
+        self._next += 1
+        if bucket.buffer is None:
+            device = bucket.entries[0].live.device
+            bucket.buffer = torch.zeros(self.shards, bucket.width + bucket.tail, dtype=bucket.dtype, device=device)
+        else:
+            for index in set(range(len(bucket.entries))) - bucket.filled:
+                first, count = bucket.columns[index]
+                bucket.buffer[:, first : first + count].zero_()
+        tail = bucket.buffer[:, bucket.width :]
+        tail[:, : len(bucket.entries)] = torch.tensor([float(entry.used) for entry in bucket.entries], device=tail.device)
+        if bucket is self._carrier:
+            tail[:, -2:] = self._sums
+        if self.shard_group is not None:
+            row = bucket.buffer[self.shard_rank]
+            bucket.part = row if self.stage == 1 else torch.empty_like(row)
+            bucket.work = _torch.reduce_scatter(bucket.part, bucket.buffer.view(-1), self.shard_group)
+        else:
+            bucket.part = bucket.buffer[0]
+            if self.sum_group is not None:
+                bucket.work = dist.all_reduce(bucket.buffer, group=self.sum_group, async_op=True)
+
+    def _harvest(self, bucket: _Bucket) -> None:
+        """Wait for a bucket; under zero=2 free it and add this rank's row to what is kept."""
+        if bucket.work is not None:
+            bucket.work.wait()
+            bucket.work = None
+        if bucket.part is None or self.stage == 1 or self.shard_group is None:
+            return
+        bucket.buffer = None
+        if bucket.kept is not None:
+            bucket.part[: bucket.width] += bucket.kept[: bucket.width]
+        bucket.kept, bucket.part = bucket.part, None
+
+    def finish(self) -> None:
+        """End one backward: send what is left, with zeros for what this rank did not compute, and wait for all of it."""
+        if not (self._last or self.stage == 2):
+            return
+        while self._next < len(self.buckets):
+            self._launch(self.buckets[self._next])
+        for bucket in self.buckets:
+            self._harvest(bucket)
+        self.reduced = self._last
+        if self._last and self.shard_group is not None and self.sum_group is not None:
+            # The replicas hold the same rows: Psi / N elements each, all-reduced over dp_replicate once a step.
+            for work in [dist.all_reduce(self._row(b), group=self.sum_group, async_op=True) for b in self.buckets]:
+                work.wait()
+
+    # After the backward
+
+    def _row(self, bucket: _Bucket) -> Tensor:
+        row = bucket.kept if bucket.kept is not None else bucket.part
+        assert row is not None
+        return row
+
+    def attach(self) -> Tensor:
+        """Set each entry's reduced `gradient` and `used` (by any rank); return the sums over all ranks [2], on the host.
+
+        The sums are the same on every rank in mode replicate only.
+        """
+        tails = torch.cat([self._row(b)[b.width :].double() for b in (*self.buckets, self._carrier)]).tolist()
+        position = 0
+        for bucket in self.buckets:
+            row = self._row(bucket)
+            users, position = tails[position : position + bucket.tail], position + bucket.tail
+            for entry, (first, _), count in zip(bucket.entries, bucket.columns, users, strict=False):
+                entry.used = count > 0
+                part = row[first : first + entry.master.numel()].view(entry.master.shape)
+                entry.gradient = part.to(entry.master.dtype) if entry.used else None
+        return torch.tensor(tails[-2:], dtype=torch.float64)
+
+    def publish(self) -> None:
+        """Bring the live parameters up to date with the updated masters. Every rank must call it."""
+        flying: list[tuple[_Bucket, Tensor, dist.Work]] = []
+        for bucket in reversed(self.buckets):
+            if bucket.live_dtype != bucket.entries[0].master.dtype:
+                for entry in bucket.entries:
+                    entry.local(entry.live.detach()).copy_(entry.master.detach())
+            if self.shard_group is None:
+                continue
+            flying.append(self._gather(bucket))
+            if len(flying) == 2:
+                self._scatter_out(*flying.pop(0))
+        for item in flying:
+            self._scatter_out(*item)
+
+    def _gather(self, bucket: _Bucket) -> tuple[_Bucket, Tensor, dist.Work]:
+        """Start the all-gather of a bucket's live rows over dp_shard: [shards, width] in the live dtype."""
+        assert self.shard_group is not None
+        rows = bucket.entries[0].live.new_empty((self.shards, bucket.width))
+        mine = rows[self.shard_rank]
+        for entry, (first, count) in zip(bucket.entries, bucket.columns, strict=True):
+            storage = self._storage.get(id(entry))
+            if storage is not None:
+                mine[first : first + count] = storage.view(self.shards, count)[self.shard_rank]
+        return bucket, rows, _torch.all_gather(rows.view(-1), mine, self.shard_group)
+
+    def _scatter_out(self, bucket: _Bucket, rows: Tensor, work: dist.Work) -> None:
+        work.wait()
+        for entry, (first, count) in zip(bucket.entries, bucket.columns, strict=True):
+            storage = self._storage.get(id(entry))
+            if storage is not None:
+                storage.view(self.shards, count).copy_(rows[:, first : first + count])
+
+    def clear(self) -> None:
+        """Free every gradient, and forget which parameters were used."""
+        self.reduced = False
+        for bucket in self.buckets:
+            bucket.buffer = bucket.part = bucket.kept = None
+            bucket.filled.clear()
+        for entry in self.trainable:
+            entry.live.grad = entry.gradient = None
+            entry.used = False
+
+
+def _world(ranks: Ranks) -> dist.ProcessGroup | None:
+    return dist.group.WORLD if ranks.mesh is not None else None

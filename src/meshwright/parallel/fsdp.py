@@ -1,0 +1,110 @@
+"""`zero=3`: parameters, gradients and optimizer states sharded over `dp_shard`, by torch's FSDP2.
+
+What FSDP2 can't take (scalars, empty tensors, parameters of a second dtype) is left to `buckets.py`.
+Memory on each rank: 16 Psi / N bytes of states (see `plan/memory.py`) plus the gathered units at work: the root's own
+parameters, and one block in the forward; in the backward also that block's full gradients.
+Communication per step: each block is all-gathered twice (forward, backward) and its gradients reduce-scattered once:
+3 Psi elements over `dp_shard`, then an all-reduce of Psi / N over `dp_replicate`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from meshwright import _torch
+from meshwright.parallel.parameters import Parameter, shard_rows
+from meshwright.parallel.ranks import Ranks
+
+
+def shardable(table: list[Parameter]) -> list[Parameter]:
+    """Return the parameters that FSDP2 can take: of one trainable dtype (the one with most elements), with rows and elements."""
+    sizes: Counter[torch.dtype] = Counter()
+    for entry in table:
+        if entry.trainable:
+            sizes[entry.dtype] += entry.shape.numel()
+    main = sizes.most_common(1)[0][0]
+    return [e for e in table if len(e.shape) > 0 and e.shape.numel() > 0 and (not e.trainable or e.dtype == main)]
+
+
+def shard(
+    module: nn.Module,
+    units: list[str],
+    table: list[Parameter],
+    ranks: Ranks,
+    compute_dtype: torch.dtype | None,
+) -> list[Parameter]:
+    """Shard `module` in place, one FSDP2 unit per name in `units` and one for the rest; return the entries it took.
+
+    Their `live` and `master` become DTensors sharded on dim 0. A unit that shares a parameter with the world outside it is
+    left to the root, since FSDP2 lets only one unit own a parameter. Every rank must call it.
+    """
+    assert ranks.mesh is not None
+    taken = shardable(table)
+    chosen = {id(entry.original) for entry in taken}
+    ignored = {entry.original for entry in table if id(entry.original) not in chosen}
+    mesh = ranks.mesh if ranks.group("dp_replicate") is not None else ranks.mesh["dp_shard"]
+    # Inputs are not cast at every unit: autocast does that at each op, so that all plans round at the same places.
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=_reduce_dtype(taken), cast_forward_inputs=False)
+    for name in _separable(units, taken):
+        fully_shard(module.get_submodule(name), mesh=mesh, mp_policy=policy, ignored_params=ignored)
+    root = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+    root.set_gradient_divide_factor(1.0)  # losses are weighted by item count before the backward: gradients are summed
+    for unit in root.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+    _torch.fsdp_reduce_unused(root)
+    current = dict(module.named_parameters(remove_duplicate=False))
+    for entry in taken:
+        entry.live = entry.master = current[entry.name]
+        entry.rows = shard_rows(entry.shape[0], ranks.mesh["dp_shard"].size(), ranks.mesh.get_local_rank("dp_shard"))
+    return taken
+
+
+def watch_use(module: nn.Module, taken: list[Parameter]) -> None:
+    """Set `used` on each trainable entry whenever a backward accumulates into it. Every rank must call it."""
+    by_live = {id(entry.live): entry for entry in taken}
+    for sharded, unsharded in _torch.fsdp_unsharded_parameters(module):
+        entry = by_live[id(sharded)]
+        if entry.trainable:
+            unsharded.register_post_accumulate_grad_hook(partial(_mark, entry))
+
+
+def _mark(entry: Parameter, _: Tensor) -> None:
+    entry.used = True
+
+
+def reduce_on_last(module: nn.Module, last: bool) -> None:
+    """Say whether the coming backward is the step's last: only then are shards all-reduced over `dp_replicate`.
+
+    The reduce-scatter over `dp_shard` runs in every backward, so that no rank ever keeps full gradients.
+    """
+    cast(FSDPModule, module).set_requires_all_reduce(last)
+
+
+def attach(taken: list[Parameter]) -> None:
+    """Set each entry's `gradient` to this rank's rows of the reduced one."""
+    for entry in taken:
+        gradient = entry.live.grad
+        entry.gradient = gradient.to_local() if isinstance(gradient, DTensor) else None
+
+
+def _separable(units: list[str], taken: list[Parameter]) -> list[str]:
+    inside = []
+    for unit in units:
+        prefix = f"{unit}."
+        if all(len({name.startswith(prefix) for name in entry.names}) == 1 for entry in taken):
+            inside.append(unit)
+    return inside
+
+
+def _reduce_dtype(taken: list[Parameter]) -> torch.dtype:
+    dtype = next((entry.dtype for entry in taken if entry.trainable), torch.float32)
+    return torch.promote_types(dtype, torch.float32)

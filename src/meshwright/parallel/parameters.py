@@ -1,0 +1,84 @@
+"""The table of a model's parameters as logical tensors, made before anything is changed.
+
+Two names whose parameters share storage, shape and strides are one logical tensor (a tie). Everything later (sharding, the
+norm, the optimizer, checkpoints) counts logical tensors, and names them by the model's own names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from meshwright import _torch
+
+
+@dataclass
+class Parameter:
+    """One logical parameter.
+
+    `names` are all its names in the module, the first one being the name in checkpoints. `original` is the tensor that the
+    user's code knows (for re-binding parameter groups). `live` is what the module computes with; `master` is what the optimizer
+    updates on this rank: the live tensor itself, a full-precision copy, or this rank's rows of either.
+    `rows` is (first, count) of this rank's rows where the master is sharded on dim 0 over `dp_shard`, else None.
+    `gradient` is the reduced gradient of the master's shape, between the backward and the update; `used` says whether a
+    backward of the step reached the parameter, on this rank while it runs, on any rank once it is reduced.
+    """
+
+    names: tuple[str, ...]
+    original: nn.Parameter
+    live: nn.Parameter
+    master: nn.Parameter
+    shape: torch.Size
+    dtype: torch.dtype
+    trainable: bool
+    rows: tuple[int, int] | None = None
+    gradient: Tensor | None = field(default=None, repr=False)
+    used: bool = field(default=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Return the first of its names."""
+        return self.names[0]
+
+    @property
+    def sharded(self) -> bool:
+        """Return whether each rank of `dp_shard` updates only its own rows."""
+        return self.rows is not None
+
+    def local(self, full: Tensor) -> Tensor:
+        """Return this rank's part of a tensor of the parameter's full shape."""
+        return full if self.rows is None else full.narrow(0, *self.rows)
+
+
+def collect(module: nn.Module) -> list[Parameter]:
+    """Return the logical parameters of `module` in registration order, and make each tie a single `nn.Parameter` object."""
+    by_storage: dict[object, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        # An empty tensor has no storage to share: it is told apart by identity.
+        storage = (_torch.storage_identity(parameter), parameter.storage_offset(), parameter.shape, parameter.stride())
+        key: object = storage if parameter.numel() else id(parameter)
+        by_storage.setdefault(key, []).append((name, parameter))
+    table = []
+    for entries in by_storage.values():
+        _, first = entries[0]
+        for name, parameter in entries:
+            if parameter is not first:
+                owner, _, attribute = name.rpartition(".")
+                setattr(module.get_submodule(owner), attribute, first)
+        trainable = any(parameter.requires_grad for _, parameter in entries)
+        first.requires_grad_(trainable)
+        names = tuple(name for name, _ in entries)
+        table.append(Parameter(names, first, first, first, first.shape, first.dtype, trainable))
+    return table
+
+
+def shard_rows(rows: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Return (first, count) of the rows that `rank` of `ranks` holds: chunks of `ceil(rows / ranks)`, the last ones short.
+
+    The rule of DTensor's `Shard(0)`; ranks beyond the last row hold none.
+    """
+    size = -(-rows // ranks)
+    first = min(rank * size, rows)
+    return first, min(size, rows - first)

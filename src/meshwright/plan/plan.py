@@ -1,0 +1,188 @@
+"""The Plan: how many ranks lie on each axis and what is done along it.
+
+This file parses, prints, validates and resolves plans. It decides nothing about cost, and touches no process group: a plan
+for 16,384 ranks is checked on a laptop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from meshwright.errors import PlanError
+
+AUTO = 0
+"""A degree that takes whatever ranks the other axes leave (written `auto` in the plan text)."""
+
+_DEGREES = ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "precision": ("fp32", "bf16", "fp16", "fp8"),
+    "schedule": ("1f1b", "gpipe", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev", "layerwise"),
+}
+_OFFLOAD = re.compile(r"(optimizer|params|activations):(cpu|nvme=.+)")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout of a run. `str(plan)` is the plan text and `Plan.parse(str(plan)) == plan`.
+
+    Degrees (`dp_replicate`, `dp_shard`, `tp`, `cp`, `pp`, `ep`) count ranks along each axis; `AUTO` is resolved by
+    `resolve(world_size)`. `zero` says what `dp_shard` ranks divide among themselves: 1 optimizer states, 2 also gradients,
+    3 also parameters. `microbatches` is the number of parts that each rank cuts its batch into before one update.
+    `data_parallel` is torch's single-process `nn.DataParallel` over the local devices (the plan named `dp`).
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    zero: int = 3
+    tp: int = 1
+    sp: bool = False
+    cp: int = 1
+    pp: int = 1
+    ep: int = 1
+    schedule: str = "1f1b"
+    virtual: int = 1
+    microbatches: int = 1
+    recompute: str = "none"
+    offload: str = "none"
+    precision: str = "fp32"
+    compile: bool = False
+    data_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise `PlanError` for a value that no number of ranks could make legal."""
+        for name in (*_DEGREES, "virtual", "microbatches"):
+            value = getattr(self, name)
+            least = AUTO if name in _DEGREES else 1
+            if type(value) is not int or value < least:
+                raise PlanError(f"{name}={value} is not a count of at least 1")
+        if self.zero not in (1, 2, 3):
+            raise PlanError(f"zero={self.zero} is not a ZeRO stage: 1, 2 or 3 (for no sharding use dp_replicate, not dp_shard)")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                near = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
+                raise PlanError(f"{name}={value} is unknown: the nearest is {name}={near} (one of {', '.join(choices)})")
+        if not re.fullmatch(r"none|selective|full|budget=\d+[KMGT]?B?", self.recompute):
+            raise PlanError(f"recompute={self.recompute} is unknown: use none, selective, full or budget=BYTES")
+        if self.offload != "none":
+            for part in self.offload.split(","):
+                if not _OFFLOAD.fullmatch(part):
+                    raise PlanError(f"offload={part} is unknown: use optimizer, params or activations with :cpu or :nvme=DIR")
+        if self.data_parallel and self.degree_product() not in (0, 1):
+            raise PlanError("the plan dp is one process over the local devices: it takes no other axis")
+
+    @classmethod
+    def parse(cls, text: str, world_size: int | None = None) -> Plan:
+        """Read a plan text: a named plan and/or `field=value` items in any order; unnamed fields keep their defaults.
+
+        With `world_size` the plan is also resolved for that many ranks. Raises `PlanError` in one sentence.
+        """
+        values: dict[str, Any] = {}
+        for item in text.split():
+            if "=" not in item:
+                values |= _named(item)
+                continue
+            key, _, value = item.partition("=")
+            values[key] = _value(key, value)
+        plan = cls(**values)
+        return plan if world_size is None else plan.resolve(world_size)
+
+    def __str__(self) -> str:
+        """Return the plan text: every field that differs from its default, and `zero` wherever it means something."""
+        items = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == field.default and not (field.name == "zero" and self.dp_shard != 1):
+                continue
+            items.append(f"{field.name}={_text(field.name, value)}")
+        return " ".join(items) or "single"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return every field as plain JSON values; `Plan(**plan.to_json()) == plan`."""
+        return dataclasses.asdict(self)
+
+    def degree_product(self) -> int:
+        """Return the number of ranks on all axes together, 0 while a degree is `AUTO` (`ep` reuses data-parallel ranks)."""
+        return math.prod(getattr(self, name) for name in _DEGREES if name != "ep")
+
+    def resolve(self, world_size: int) -> Plan:
+        """Return this plan with every `AUTO` degree filled for `world_size` ranks.
+
+        Two open degrees (HSDP) split the free ranks into the two nearest factors, the larger one sharding.
+        Raises `PlanError` if the axes don't multiply to `world_size`.
+        """
+        free = [name for name in _DEGREES if getattr(self, name) == AUTO]
+        fixed = math.prod(getattr(self, name) for name in _DEGREES if name != "ep" and name not in free)
+        if world_size % fixed or (not free and fixed != world_size):
+            raise PlanError(self._size_advice(world_size, fixed, bool(free)))
+        left = world_size // fixed
+        filled = dict(zip(free, _factors(left, len(free)), strict=True))
+        return dataclasses.replace(self, **filled)
+
+    def _size_advice(self, world_size: int, fixed: int, open_axis: bool) -> str:
+        ranks = f"{world_size} rank{'s' if world_size != 1 else ''}"
+        if open_axis:
+            return f"plan {str(self)!r} needs a multiple of {fixed} ranks, but {ranks} are here: start {fixed} or change a degree"
+        if fixed == 1:
+            return f"plan {str(self)!r} runs on 1 rank, but {ranks} are here: use ddp or fsdp, or start 1 rank"
+        near = world_size // max(1, fixed // self.dp_shard)
+        hint = f"dp_shard={near}" if near and near * (fixed // self.dp_shard) == world_size else f"start {fixed} ranks"
+        return f"plan {str(self)!r} needs {fixed} ranks, but {ranks} are here: the nearest that works is {hint}"
+
+
+_DATA_PARALLEL: dict[str, dict[str, Any]] = {
+    "single": {},
+    "dp": {"data_parallel": True},
+    "ddp": {"dp_replicate": AUTO},
+    "zero1": {"dp_shard": AUTO, "zero": 1},
+    "zero2": {"dp_shard": AUTO, "zero": 2},
+    "zero3": {"dp_shard": AUTO, "zero": 3},
+    "fsdp": {"dp_shard": AUTO, "zero": 3},
+    "hsdp": {"dp_replicate": AUTO, "dp_shard": AUTO, "zero": 3},
+    "auto": {"dp_shard": AUTO, "zero": 3},  # until the planner exists: shard everything over the ranks at hand
+}
+NAMED_PLANS = tuple(_DATA_PARALLEL)
+"""The named plans that this version runs."""
+
+
+def _factors(ranks: int, axes: int) -> list[int]:
+    if axes < 2:
+        return [ranks] * axes
+    small = max(d for d in range(1, math.isqrt(ranks) + 1) if ranks % d == 0)
+    return [small, ranks // small] + [1] * (axes - 2)
+
+
+def _named(name: str) -> dict[str, Any]:
+    if name in _DATA_PARALLEL:
+        return _DATA_PARALLEL[name]
+    near = difflib.get_close_matches(name, NAMED_PLANS, n=1, cutoff=0.0)[0]
+    raise PlanError(f"unknown plan {name!r}: the nearest is {near!r} (one of {', '.join(NAMED_PLANS)}, or field=value items)")
+
+
+def _value(key: str, text: str) -> int | bool | str:
+    kinds = {field.name: field.type for field in dataclasses.fields(Plan)}
+    if key not in kinds:
+        near = difflib.get_close_matches(key, list(kinds), n=1, cutoff=0.0)[0]
+        raise PlanError(f"a plan has no field {key!r}: the nearest is {near!r}")
+    if kinds[key] == "bool":
+        if text not in ("on", "off"):
+            raise PlanError(f"{key}={text} is neither on nor off")
+        return text == "on"
+    if kinds[key] == "int":
+        if text == "auto" and key in _DEGREES:
+            return AUTO
+        if not text.isascii() or not text.isdigit() or int(text) < 1:
+            raise PlanError(f"{key}={text} is not a whole number of at least 1")
+        return int(text)
+    return text
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "auto" if name in _DEGREES and value == AUTO else str(value)
