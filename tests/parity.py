@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import ranks
 import torch
-import zoo
 from torch import Tensor
 
 import meshwright as mw
+import ranks
+import zoo
 from meshwright._torch import tree_map_tensors
 
 STEPS = 3
@@ -76,7 +76,9 @@ def _to(batch: Any, dtype: torch.dtype) -> Any:
     return tree_map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
 
 
-def under_plan(name: str, plan: str, dtype: torch.dtype = torch.float64, rows: int = ROWS, steps: int = STEPS) -> dict[str, Any] | None:
+def under_plan(
+    name: str, plan: str, dtype: torch.dtype = torch.float64, rows: int = ROWS, steps: int = STEPS
+) -> dict[str, Any] | None:
     """What each rank runs: one engine through `step`, another by hand for the gradients."""
     case = zoo.CASES[name]
     keywords: dict[str, Any] = {"optimizer": adamw, "loss_fn": case.loss, "count_fn": case.count, "clip_grad_norm": CLIP}
@@ -120,10 +122,18 @@ def assert_same_as_single_device(name: str, plan: str, world_size: int, dtype: t
         assert rank["losses"] == found[0]["losses"], "ranks disagree on the loss"
         assert rank["norms"] == found[0]["norms"], "ranks disagree on the norm"
     for key in ("losses", "norms"):
-        assert close(torch.tensor(found[0][key]).double(), torch.tensor(expected[key]).double(), tolerance), (key, found[0][key], expected[key])
+        assert close(torch.tensor(found[0][key]).double(), torch.tensor(expected[key]).double(), tolerance), (
+            key,
+            found[0][key],
+            expected[key],
+        )
     for key in ("gradients", "weights"):
         assert set(found[0][key]) == set(expected[key]), set(found[0][key]) ^ set(expected[key])
         # A gradient that is zero but for rounding (a key's bias under softmax) is measured against the model's largest.
         floor = 1e-3 * max(v.abs().max().item() for v in expected[key].values() if v.numel())
-        wrong = {n: (found[0][key][n] - v).abs().max().item() for n, v in expected[key].items() if not close(found[0][key][n], v, tolerance, floor)}
+        wrong = {
+            n: (found[0][key][n] - v).abs().max().item()
+            for n, v in expected[key].items()
+            if not close(found[0][key][n], v, tolerance, floor)
+        }
         assert not wrong, (key, wrong)

@@ -136,7 +136,11 @@ def _flagged(step: int, rows: int) -> dict[str, Tensor]:
     flag = torch.zeros(rows, dtype=torch.bool)
     flag[-1] = step % 2 == 0
     # `extra` is for the loss alone: the model's forward does not accept it.
-    return {"x": torch.randn(rows, 8, generator=generator).double(), "flag": flag, "extra": torch.randn(rows, 3, generator=generator).double()}
+    return {
+        "x": torch.randn(rows, 8, generator=generator).double(),
+        "flag": flag,
+        "extra": torch.randn(rows, 3, generator=generator).double(),
+    }
 
 
 class Rows(nn.Module):
@@ -161,11 +165,18 @@ def _hugging_face(kind: str) -> nn.Module:
 
     if kind == "gpt2":
         return GPT2LMHeadModel(
-            GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=VOCAB, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+            GPT2Config(
+                n_layer=2, n_embd=16, n_head=2, vocab_size=VOCAB, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+            )
         )
     return LlamaForCausalLM(
         LlamaConfig(
-            num_hidden_layers=2, hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB
+            num_hidden_layers=2,
+            hidden_size=16,
+            intermediate_size=24,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCAB,
         )
     )
 
@@ -197,13 +208,17 @@ def _square_loss(output: Tensor, batch: Any) -> Tensor:
 
 
 CASES: dict[str, Case] = {
-    "gpt": Case(lambda: Decoder(llama(layers=2, hidden=16, heads=4, kv_heads=2, vocab=VOCAB, sequence=12)), _tokens, losses.cross_entropy),
+    "gpt": Case(
+        lambda: Decoder(llama(layers=2, hidden=16, heads=4, kv_heads=2, vocab=VOCAB, sequence=12)), _tokens, losses.cross_entropy
+    ),
     "gpt-tied": Case(
         lambda: Decoder(llama(layers=2, hidden=16, heads=4, kv_heads=2, vocab=VOCAB - 1 + 2, sequence=12, tied=True)),
         _tokens,
         losses.cross_entropy,
     ),
-    "gpt-learned": Case(lambda: Decoder(gpt(layers=2, hidden=16, heads=2, vocab=VOCAB, sequence=12)), _tokens, losses.cross_entropy),
+    "gpt-learned": Case(
+        lambda: Decoder(gpt(layers=2, hidden=16, heads=2, vocab=VOCAB, sequence=12)), _tokens, losses.cross_entropy
+    ),
     "hf-gpt2": Case(lambda: _hugging_face("gpt2"), _named, losses.cross_entropy),
     "hf-llama": Case(lambda: _hugging_face("llama"), _named, losses.cross_entropy),
     "encoder-decoder": Case(EncoderDecoder, _pairs, _dict_loss, losses.cross_entropy.count),  # type: ignore[attr-defined]

@@ -67,9 +67,7 @@ def names(stem: str, count: int) -> list[str]:
 
 
 def mlp_of_units() -> nn.Module:
-    return nn.Sequential(
-        nn.Embedding(9, 8), *(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)), nn.Linear(8, 2)
-    )
+    return nn.Sequential(nn.Embedding(9, 8), *(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)), nn.Linear(8, 2))
 
 
 CASES = {

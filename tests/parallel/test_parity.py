@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import zoo
 from parity import assert_same_as_single_device
 

@@ -58,9 +58,7 @@ def parse_spec(text: str, **overrides: Any) -> ModelSpec:
     if rest:
         return ModelSpec(text, _import(family, rest, text))
     near = difflib.get_close_matches(text, list(presets()), n=1, cutoff=0.0)[0]
-    raise ConfigError(
-        f"unknown model {text!r}: the nearest preset is {near!r}; or use gpt:..., llama:..., package.module:callable"
-    )
+    raise ConfigError(f"unknown model {text!r}: the nearest preset is {near!r}; or use gpt:..., llama:..., package.module:callable")
 
 
 def _sizes(rest: str, text: str) -> dict[str, Any]:
@@ -72,9 +70,7 @@ def _sizes(rest: str, text: str) -> dict[str, Any]:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
             raise ConfigError(f"model {text!r} has no size {key!r}: the nearest is {near!r}")
         try:
-            sizes[key] = (
-                {"on": True, "off": False}[value] if fields[key] == "bool" else _number(value, str(fields[key]))
-            )
+            sizes[key] = {"on": True, "off": False}[value] if fields[key] == "bool" else _number(value, str(fields[key]))
         except (KeyError, ValueError):
             raise ConfigError(f"model {text!r}: {key}={value!r} is not a value of type {fields[key]}") from None
     return sizes

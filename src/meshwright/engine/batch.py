@@ -6,6 +6,7 @@ A batch is any nested container of tensors with the batch on dim 0 (0-dim tensor
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,7 +43,7 @@ def split(batch: Any, parts: int) -> list[Any]:
             return None
         return tree_map_tensors(lambda t: t[first:last] if t.dim() else t, batch)
 
-    return [cut(first, last) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [cut(first, last) for first, last in itertools.pairwise(bounds)]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -74,6 +75,8 @@ def caller(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype | 
             return forward(**cast({key: value for key, value in batch.items() if everything or key in named}))
         if isinstance(batch, (tuple, list)) and batch:
             return forward(cast(batch[0]))
-        raise DataError(f"a batch is a dict, a tuple, a list or a tensor, not a {type(batch).__name__}: pass forward_fn(model, batch)")
+        raise DataError(
+            f"a batch is a dict, a tuple, a list or a tensor, not a {type(batch).__name__}: pass forward_fn(model, batch)"
+        )
 
     return call

@@ -147,7 +147,7 @@ class Engine:
         self._applied = apply(model, plan, self.ranks, settings.seed)
         self.module = self._applied.module
         self.table = self._applied.table
-        self._bound = BoundOptimizer(optimizer, self.table, self.ranks) if optimizer else None
+        self.bound = BoundOptimizer(optimizer, self.table, self.ranks) if optimizer else None
         self.dtypes = dtype_contract(plan.precision, self.table)
         self.data_rank, self.data_ranks = self.ranks.data_rank, self.ranks.data_ranks
         self.steps = 0
@@ -169,9 +169,11 @@ class Engine:
         return self._optimizer().torch
 
     def _optimizer(self) -> BoundOptimizer:
-        if self._bound is None:
-            raise ConfigError("this engine was made without optimizer=: pass optimizer=lambda params: torch.optim.AdamW(params, lr=...)")
-        return self._bound
+        if self.bound is None:
+            raise ConfigError(
+                "this engine was made without optimizer=: pass optimizer=lambda params: torch.optim.AdamW(params, lr=...)"
+            )
+        return self.bound
 
     # One call does it all
 
@@ -482,14 +484,22 @@ class Engine:
 
         The directory appears complete or not at all. `extra` holds JSON values of the caller's, given back by `load`.
         """
-        from meshwright.checkpoint import save
+        from meshwright.checkpoint.save import save
 
         self._enter_call()
         save(self, Path(path), extra or {})
 
+    def adopt(self, steps: int, loss_scale: dict[str, float]) -> None:
+        """Go on from another run's position: what a checkpoint holds beside tensors."""
+        self.steps = steps
+        self.loss_scale.value, self.loss_scale.good_steps = loss_scale["value"], int(loss_scale["good_steps"])
+        if self._applied.buckets is not None:
+            with torch.no_grad():
+                self._applied.buckets.publish()  # the masters have changed; the live parameters follow
+
     def load(self, path: str | Path) -> dict[str, Any]:
         """Load a checkpoint that was saved under any plan; return its `extra`. Every rank must call it."""
-        from meshwright.checkpoint import load
+        from meshwright.checkpoint.load import load
 
         self._enter_call()
         return load(self, Path(path))

@@ -56,7 +56,9 @@ class Ledger:
                 join_step()
                 deadline = time.monotonic() + self.timeout_s
             elif time.monotonic() > deadline:
-                raise TrainingError(f"rank {absent[0][0]} did not reach the call that rank {self.rank} waits in for {self.timeout_s:.0f} s")
+                raise TrainingError(
+                    f"rank {absent[0][0]} did not reach the call that rank {self.rank} waits in for {self.timeout_s:.0f} s"
+                )
             else:
                 time.sleep(0.001)
 

@@ -1,8 +1,10 @@
 """Builds the user's torch optimizer, and points its parameter groups at what this rank updates.
 
 The user's callable sees parameters of true shapes (or uses the model's own, which it may hold from before); afterwards each is
-replaced, by identity, with this rank's master. Elementwise optimizers then work on plain local tensors, which saves DTensor's
-dispatch on every operation; others (Adafactor, Muon) get DTensors, whose operations know the whole matrix.
+replaced, by identity, with what this rank updates. An elementwise optimizer (AdamW, SGD, ...) works on this rank's rows as plain
+tensors, which also saves DTensor's dispatch. Any other (Adafactor, Muon, a user's own) may read a whole matrix, so each
+sharded parameter is given whole to one rank of `dp_shard`: the owner gathers its value and gradient for the update, keeps its
+states, and scatters the new rows.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -38,10 +41,11 @@ _ELEMENTWISE = (
 
 
 class BoundOptimizer:
-    """A torch optimizer whose groups hold this rank's masters.
+    """A torch optimizer whose groups hold what this rank updates.
 
-    `torch` is the optimizer itself (for torch's learning-rate schedulers and inspection), `of` gives the tensor that it updates
-    for each entry of the parameter table.
+    `torch` is the optimizer itself (for torch's learning-rate schedulers and inspection), `entries` are those of the parameter
+    table that it updates on any rank, in the order of its groups. `of` gives the tensor that this rank's optimizer holds for an
+    entry, None where another rank owns it.
     """
 
     def __init__(self, factory: OptimizerFactory, table: list[Parameter], ranks: Ranks) -> None:
@@ -53,49 +57,106 @@ class BoundOptimizer:
         closure = inspect.signature(type(self.torch).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ConfigError(f"{type(self.torch).__name__} needs to evaluate the loss again in its step: use AdamW, SGD or another")
-        elementwise = type(self.torch) in _ELEMENTWISE
-        self._updated = {id(entry): _updated(entry, ranks, elementwise) for entry in trainable}
+        self._group = ranks.group("dp_shard")
+        self._owners: dict[int, int] = {}
+        if type(self.torch) not in _ELEMENTWISE and self._group is not None:
+            self._owners = _assign([entry for entry in trainable if entry.sharded], self._group.size())
+        self.entries: list[Parameter] = []
+        self._updated: dict[int, nn.Parameter] = {}
         self._rebind(trainable)
         self.base_rates = [group["lr"] for group in self.torch.param_groups]
 
     def of(self, entry: Parameter) -> nn.Parameter | None:
-        """Return the tensor that the optimizer updates for `entry`, None if it is in no group."""
+        """Return the tensor that this rank's optimizer updates for `entry`, None if it updates none."""
         return self._updated.get(id(entry))
 
-    def entries(self) -> list[Parameter]:
-        """Return the table's entries that the optimizer updates, in the order of its groups."""
-        return self._entries
+    def whole(self, entry: Parameter) -> bool:
+        """Return whether one rank updates the whole of a sharded entry."""
+        return id(entry) in self._owners
 
     def _rebind(self, trainable: list[Parameter]) -> None:
-        known = {id(tensor): entry for entry in trainable for tensor in (entry.original, entry.live, entry.master)}
-        self._entries: list[Parameter] = []
+        known: dict[int, Parameter] = {}
+        for entry in trainable:
+            for tensor in (entry.original(), entry.live, entry.master):
+                if tensor is not None:
+                    known[id(tensor)] = entry
         state, self.torch.state = self.torch.state, type(self.torch.state)(dict)
         for group in self.torch.param_groups:
             entries = []
             for parameter in group["params"]:
                 if id(parameter) not in known:
                     shape = list(parameter.shape)
-                    raise ConfigError(f"the optimizer was given a tensor of shape {shape} that is not a trainable parameter of the model")
+                    raise ConfigError(f"the optimizer was given a tensor of shape {shape} that is no trainable parameter of the model")
                 entry = known[id(parameter)]
                 entries.append(entry)
-                if parameter in state:  # some optimizers (Adagrad) make their states at once
-                    self.torch.state[self._updated[id(entry)]] = _convert(state[parameter], entry, self._updated[id(entry)])
-            group["params"] = [self._updated[id(entry)] for entry in entries]
-            self._entries += entries
-        inside = {id(entry) for entry in self._entries}
-        self._updated = {key: value for key, value in self._updated.items() if key in inside}
+                self._adopt(entry, state.get(parameter, {}))
+            group["params"] = [self._updated[id(entry)] for entry in entries if id(entry) in self._updated]
+            self.entries += entries
+
+    def _adopt(self, entry: Parameter, state: dict[str, Any]) -> None:
+        """Choose what this rank updates for `entry`, and cut down the states that some optimizers (Adagrad) make at once."""
+        whole = self.whole(entry)
+        if whole:
+            full = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
+            if self._owners[id(entry)] != dist.get_rank(self._group):
+                return
+            parameter = nn.Parameter(entry.master.new_empty(0))
+        else:
+            parameter = entry.master
+        self._updated[id(entry)] = parameter
+        if state:
+            self.torch.state[parameter] = full if whole else {key: _cut(value, entry, parameter) for key, value in state.items()}
 
     def step(self) -> None:
-        """Update the masters from each entry's `gradient`; entries without one are left as they are."""
-        for entry in self._entries:
-            parameter = self._updated[id(entry)]
-            gradient = entry.gradient
-            if gradient is not None and isinstance(parameter, DTensor):
-                gradient = _wrap(gradient, parameter)
-            parameter.grad = gradient
+        """Update the masters from each entry's `gradient`; entries without one are left as they are.
+
+        Every rank must call it: where parameters are owned whole, their rows travel over `dp_shard`, 2 Psi elements there and
+        Psi back.
+        """
+        for entry in self.entries:
+            if self.whole(entry):
+                self._gather(entry)
+            else:
+                self._updated[id(entry)].grad = entry.gradient
         self.torch.step()
+        for entry in self.entries:
+            if self.whole(entry) and entry.gradient is not None:
+                self._scatter(entry)
         for parameter in self._updated.values():
             parameter.grad = None
+
+    def _gather(self, entry: Parameter) -> None:
+        if entry.gradient is None:  # of all ranks: they have agreed on it
+            return
+        owner = self._owners[id(entry)]
+        parameter = self._updated.get(id(entry))
+        for local in (entry.master.detach(), entry.gradient):
+            padded = _pad(local, entry, self._size())
+            parts = [torch.empty_like(padded) for _ in range(self._size())] if parameter is not None else None
+            dist.gather(padded, parts, group=self._group, group_dst=owner)  # the rows of one parameter to its owner
+            if parameter is not None and parts is not None:
+                full = torch.cat(parts)[: entry.shape[0]]
+                if local is entry.gradient:
+                    parameter.grad = full
+                else:
+                    parameter.data = full
+
+    def _scatter(self, entry: Parameter) -> None:
+        parameter = self._updated.get(id(entry))
+        mine = entry.master.detach()
+        padded = torch.empty_like(_pad(mine, entry, self._size()))
+        parts = None
+        if parameter is not None:
+            rows = padded.shape[0]
+            full = torch.cat([parameter.detach(), parameter.new_zeros((rows * self._size() - entry.shape[0], *entry.shape[1:]))])
+            parts = list(full.split(rows))
+            parameter.grad = None
+            parameter.data = parameter.new_empty(0)
+        dist.scatter(padded, parts, group=self._group, group_src=self._owners[id(entry)])  # the new rows to their ranks
+        mine.copy_(padded[: mine.shape[0]])
+
+    def _size(self) -> int:
+        return 1 if self._group is None else self._group.size()
 
     def scale_rates(self, factor: float) -> None:
         """Set every group's learning rate to `factor` times the rate it was built with."""
@@ -103,13 +164,30 @@ class BoundOptimizer:
             group["lr"] = base * factor
 
 
-def _updated(entry: Parameter, ranks: Ranks, elementwise: bool) -> nn.Parameter:
-    if isinstance(entry.live, DTensor):  # FSDP2's shard: the local tensor shares its memory
-        return nn.Parameter(entry.live.to_local().detach()) if elementwise else entry.live
-    if elementwise or not entry.sharded:
-        return entry.master
-    assert ranks.mesh is not None
-    return nn.Parameter(as_dtensor(entry.master.detach(), entry, ranks))
+def _assign(entries: list[Parameter], ranks: int) -> dict[int, int]:
+    """Give each parameter to the rank with the fewest elements so far, the largest parameters first."""
+    loads = [0] * ranks
+    owners = {}
+    for entry in sorted(entries, key=lambda entry: entry.shape.numel(), reverse=True):
+        owner = loads.index(min(loads))
+        owners[id(entry)] = owner
+        loads[owner] += entry.shape.numel()
+    return owners
+
+
+def _pad(local: Tensor, entry: Parameter, ranks: int) -> Tensor:
+    rows = -(-entry.shape[0] // ranks)
+    if local.shape[0] == rows:
+        return local.contiguous()
+    return torch.cat([local, local.new_zeros((rows - local.shape[0], *entry.shape[1:]))])
+
+
+def _cut(value: Any, entry: Parameter, parameter: Tensor) -> Any:
+    """Return this rank's rows of a state that was made for the whole parameter."""
+    if not isinstance(value, Tensor) or value.shape != entry.shape:
+        return value
+    local = value.to_local() if isinstance(value, DTensor) else entry.local(value)
+    return local.to(device=parameter.device, dtype=parameter.dtype, copy=True)
 
 
 def as_dtensor(local: Tensor, entry: Parameter, ranks: Ranks) -> DTensor:
@@ -117,19 +195,3 @@ def as_dtensor(local: Tensor, entry: Parameter, ranks: Ranks) -> DTensor:
     assert ranks.mesh is not None
     stride = torch.empty(entry.shape, device="meta").stride()
     return DTensor.from_local(local, ranks.mesh["dp_shard"], [Shard(0)], run_check=False, shape=entry.shape, stride=stride)
-
-
-def _wrap(local: Tensor, like: DTensor) -> DTensor:
-    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
-
-
-def _convert(state: dict[str, Any], entry: Parameter, updated: nn.Parameter) -> dict[str, Any]:
-    """Cut states that were made for the whole parameter down to what this rank updates."""
-
-    def cut(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape != entry.shape or isinstance(updated, DTensor):
-            return value
-        local = value.to_local() if isinstance(value, DTensor) else entry.local(value)
-        return local.to(device=updated.device, dtype=updated.dtype, copy=True)
-
-    return {key: cut(value) for key, value in state.items()}

@@ -31,12 +31,6 @@ def gather_rows(entry: Parameter, local: Tensor, ranks: Ranks) -> Tensor:
     return whole[: entry.shape[0]]
 
 
-def master(entry: Parameter) -> Tensor:
-    """Return this rank's part of the parameter in full precision, detached; it shares memory with what the optimizer updates."""
-    value = entry.master.detach()
-    return value.to_local() if hasattr(value, "to_local") else value
-
-
 def full_state_dict(engine: Engine) -> dict[str, Tensor]:
     """See `Engine.full_state_dict`."""
     by_name = {name: entry for entry in engine.table for name in entry.names}
@@ -51,7 +45,7 @@ def full_state_dict(engine: Engine) -> dict[str, Tensor]:
             elif id(entry) in done:
                 whole = done[id(entry)]
             else:
-                gathered = gather_rows(entry, master(entry), engine.ranks)
+                gathered = gather_rows(entry, entry.master.detach(), engine.ranks)
                 whole = done[id(entry)] = gathered.to("cpu", copy=True) if first else torch.empty(0)
             if first:
                 result[name] = whole

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from meshwright._torch import tensors_of, tree_map_tensors
 from meshwright.blueprint.blocks import block_names
@@ -70,7 +71,7 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
         module.to_empty(device=ranks.device)
         values.fill(module, table)
     if sharded:
-        fsdp.watch_use(module, sharded)
+        fsdp.bind(module, sharded)
     left = [entry for entry in table if entry.shape.numel() and not any(entry is taken for taken in sharded)]
     buckets = None
     if ranks.world_size > 1 or compute_dtype is not None:
@@ -98,7 +99,7 @@ class _Values:
 
     def __init__(self, module: nn.Module, table: list[Parameter], recording: materialise.Recording | None) -> None:
         self.recording = recording
-        tensors = [*((entry.name, entry.original) for entry in table), *module.named_buffers(remove_duplicate=False)]
+        tensors = [*((entry.name, entry.live) for entry in table), *module.named_buffers(remove_duplicate=False)]
         unknown = [name for name, tensor in tensors if tensor.is_meta and not (recording and recording.knows(tensor))]
         if unknown:
             raise ModelError(
@@ -113,16 +114,16 @@ class _Values:
         assert self.recording is not None
         with torch.no_grad():
             for entry in table:
-                target = entry.live.to_local() if entry.sharded else entry.live  # type: ignore[operator]
+                target = entry.live.to_local() if isinstance(entry.live, DTensor) else entry.live
                 target.copy_(entry.local(self._value(self.tensors[entry.name])))
             for name, buffer in module.named_buffers(remove_duplicate=False):
                 buffer.copy_(self._value(self.tensors[name]))
         for child in module.modules():
             for name, attribute in list(vars(child).items()):
-                # Parameters, buffers and submodules live under underscored names and are filled already.
-                if not name.startswith("_") and isinstance(attribute, (Tensor, list, tuple, dict)):
-                    if any(tensor.is_meta for tensor in tensors_of(attribute)):
-                        setattr(child, name, tree_map_tensors(self._value, attribute))
+                if name.startswith("_") or not isinstance(attribute, (Tensor, list, tuple, dict)):
+                    continue  # parameters, buffers and submodules live under underscored names and are filled already
+                if any(tensor.is_meta for tensor in tensors_of(attribute)):
+                    setattr(child, name, tree_map_tensors(self._value, attribute))
 
     def _value(self, tensor: Tensor) -> Tensor:
         assert self.recording is not None

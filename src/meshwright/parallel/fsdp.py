@@ -42,34 +42,40 @@ def shard(
 ) -> list[Parameter]:
     """Shard `module` in place, one FSDP2 unit per name in `units` and one for the rest; return the entries it took.
 
-    Their `live` and `master` become DTensors sharded on dim 0. A unit that shares a parameter with the world outside it is
+    Their `live` becomes a DTensor sharded on dim 0. A unit that shares a parameter with the world outside it is
     left to the root, since FSDP2 lets only one unit own a parameter. Every rank must call it.
     """
     assert ranks.mesh is not None
     taken = shardable(table)
-    chosen = {id(entry.original) for entry in taken}
-    ignored = {entry.original for entry in table if id(entry.original) not in chosen}
+    chosen = {id(entry) for entry in taken}
+    ignored = {entry.live for entry in table if id(entry) not in chosen}
     mesh = ranks.mesh if ranks.group("dp_replicate") is not None else ranks.mesh["dp_shard"]
     # Inputs are not cast at every unit: autocast does that at each op, so that all plans round at the same places.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=_reduce_dtype(taken), cast_forward_inputs=False)
     for name in _separable(units, taken):
         fully_shard(module.get_submodule(name), mesh=mesh, mp_policy=policy, ignored_params=ignored)
     root = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
-    root.set_gradient_divide_factor(1.0)  # losses are weighted by item count before the backward: gradients are summed
-    for unit in root.modules():
+    for unit in module.modules():
         if isinstance(unit, FSDPModule):
-            unit.set_gradient_divide_factor(1.0)
+            unit.set_gradient_divide_factor(1.0)  # losses are weighted by item count beforehand: gradients are summed
             unit.set_force_sum_reduction_for_comms(True)
     _torch.fsdp_reduce_unused(root)
     current = dict(module.named_parameters(remove_duplicate=False))
     for entry in taken:
-        entry.live = entry.master = current[entry.name]
+        entry.live = current[entry.name]
         entry.rows = shard_rows(entry.shape[0], ranks.mesh["dp_shard"].size(), ranks.mesh.get_local_rank("dp_shard"))
     return taken
 
 
-def watch_use(module: nn.Module, taken: list[Parameter]) -> None:
-    """Set `used` on each trainable entry whenever a backward accumulates into it. Every rank must call it."""
+def bind(module: nn.Module, taken: list[Parameter]) -> None:
+    """Give the entries their masters (this rank's rows, sharing memory with the DTensors), and learn of each one's use.
+
+    For after the shards have got their memory. `used` is set whenever a backward accumulates into the parameter. Every rank
+    must call it.
+    """
+    for entry in taken:
+        assert isinstance(entry.live, DTensor)
+        entry.master = nn.Parameter(entry.live.to_local().detach(), requires_grad=entry.trainable)
     by_live = {id(entry.live): entry for entry in taken}
     for sharded, unsharded in _torch.fsdp_unsharded_parameters(module):
         entry = by_live[id(sharded)]

@@ -30,6 +30,7 @@ from meshwright._torch import TorchDispatchMode, storage_identity, tensors_of, t
 from meshwright.errors import ModelError
 
 _META = torch.device("meta")
+_IS_META, _DEVICE = (getattr(Tensor, name).__get__ for name in ("is_meta", "device"))
 _READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 _LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
 
@@ -192,7 +193,7 @@ class _Record(TorchDispatchMode):
     """Sends every operation to the meta device and writes it down."""
 
     def __init__(self, recording: Recording) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recording = recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -234,8 +235,8 @@ class _LooksLikeCpu(TorchFunctionMode):
             if meta and func in _READS:
                 with _torch.outside_modes():
                     return func(self.recording.value(args[0]), *args[1:], **(kwargs or {}))
-            if meta and func == Tensor.is_meta.__get__:  # type: ignore[attr-defined]
+            if meta and func == _IS_META:
                 return False
-            if meta and func == Tensor.device.__get__:  # type: ignore[attr-defined]
+            if meta and func == _DEVICE:
                 return torch.device("cpu")
         return func(*args, **(kwargs or {}))

@@ -6,6 +6,7 @@ norm, the optimizer, checkpoints) counts logical tensors, and names them by the 
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -18,8 +19,8 @@ from meshwright import _torch
 class Parameter:
     """One logical parameter.
 
-    `names` are all its names in the module, the first one being the name in checkpoints. `original` is the tensor that the
-    user's code knows (for re-binding parameter groups). `live` is what the module computes with; `master` is what the optimizer
+    `names` are all its names in the module, the first one being the name in checkpoints. `original` refers weakly to the tensor
+    that the user's code may know (for re-binding parameter groups; it must not keep a whole tensor alive). `live` is what the module computes with; `master` is what the optimizer
     updates on this rank: the live tensor itself, a full-precision copy, or this rank's rows of either.
     `rows` is (first, count) of this rank's rows where the master is sharded on dim 0 over `dp_shard`, else None.
     `gradient` is the reduced gradient of the master's shape, between the backward and the update; `used` says whether a
@@ -27,7 +28,7 @@ class Parameter:
     """
 
     names: tuple[str, ...]
-    original: nn.Parameter
+    original: weakref.ref[nn.Parameter]
     live: nn.Parameter
     master: nn.Parameter
     shape: torch.Size
@@ -70,7 +71,7 @@ def collect(module: nn.Module) -> list[Parameter]:
         trainable = any(parameter.requires_grad for _, parameter in entries)
         first.requires_grad_(trainable)
         names = tuple(name for name, _ in entries)
-        table.append(Parameter(names, first, first, first, first.shape, first.dtype, trainable))
+        table.append(Parameter(names, weakref.ref(first), first, first, first.shape, first.dtype, trainable))
     return table
 
 

@@ -52,7 +52,9 @@ def connect(timeout_s: float = 1800.0) -> None:
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
-        raise ConfigError(f"WORLD_SIZE={environment['WORLD_SIZE']} but {', '.join(missing)} is not set: start with torchrun or srun")
+        raise ConfigError(
+            f"WORLD_SIZE={environment['WORLD_SIZE']} but {', '.join(missing)} is not set: start with torchrun or srun"
+        )
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

@@ -121,7 +121,7 @@ class Plan:
         if world_size % fixed or (not free and fixed != world_size):
             raise PlanError(self._size_advice(world_size, fixed, bool(free)))
         left = world_size // fixed
-        filled = dict(zip(free, _factors(left, len(free)), strict=True))
+        filled: dict[str, Any] = dict(zip(free, _factors(left, len(free)), strict=True))
         return dataclasses.replace(self, **filled)
 
     def _size_advice(self, world_size: int, fixed: int, open_axis: bool) -> str:

@@ -1,0 +1,74 @@
+"""`load`: reads a checkpoint that was saved under any plan into an engine under any other."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from meshwright.checkpoint.folders import STATE
+from meshwright.checkpoint.tensors import empty_optimizer_states, model_tensors
+from meshwright.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from meshwright.engine.engine import Engine
+
+
+def load(engine: Engine, path: Path) -> dict[str, Any]:
+    """Load the checkpoint folder `path` into `engine`; every rank must call it. Returns the `extra` that was saved.
+
+    Raises `CheckpointError` if it is missing, incomplete, or of another model, before anything is changed.
+    """
+    try:
+        state = json.loads((path / STATE).read_text())
+        reader = dcp.FileSystemReader(path / "tensors")
+        entries = reader.read_metadata().state_dict_metadata
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {STATE} or its tensors are missing") from error
+    saved = {
+        name: (entry.size, entry.properties.dtype) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
+    }
+    tensors = model_tensors(engine)
+    _compare(path, {name: tensor.shape for name, tensor in tensors.items()}, {n: s for n, (s, _) in saved.items()})
+    if engine.bound is not None and state["optimizer"]["class"]:
+        _restore_groups(engine, path, state["optimizer"])
+        tensors |= empty_optimizer_states(engine, {n: v for n, v in saved.items() if n.startswith("optimizer.")})
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch warns that a single process loads alone
+        dcp.load(tensors, storage_reader=reader, no_dist=engine.ranks.mesh is None)
+    engine.adopt(state["steps"], state["loss_scale"])
+    extra = state["extra"]
+    assert isinstance(extra, dict)
+    return extra
+
+
+def _compare(path: Path, ours: dict[str, torch.Size], saved: dict[str, torch.Size]) -> None:
+    theirs = {name: shape for name, shape in saved.items() if name.startswith("model.")}
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        where = "the checkpoint" if name in theirs else "the model"
+        raise CheckpointError(f"{path} is of another model: {name.removeprefix('model.')!r} is only in {where}")
+    for name, shape in ours.items():
+        if shape != theirs[name]:
+            found, wanted = list(theirs[name]), list(shape)
+            raise CheckpointError(
+                f"{path} is of another model: {name.removeprefix('model.')!r} has shape {found} there and {wanted} here"
+            )
+
+
+def _restore_groups(engine: Engine, path: Path, saved: dict[str, Any]) -> None:
+    """Give the optimizer the hyperparameters and plain numbers of the checkpoint."""
+    optimizer = engine.optimizer
+    if saved["class"] != type(optimizer).__name__ or len(saved["groups"]) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"{path} was saved with {saved['class']} over {len(saved['groups'])} parameter groups, "
+            f"but this engine has {type(optimizer).__name__} over {len(optimizer.param_groups)}"
+        )
+    for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
+        for key, value in values.items():
+            if key in group:
+                group[key] = tuple(value) if isinstance(group[key], tuple) else value

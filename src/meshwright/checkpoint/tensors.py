@@ -1,0 +1,85 @@
+"""The tensors of a checkpoint under logical names: one shape whatever the plan, so that any plan can load any other's.
+
+`model.NAME` for parameters (one of its names, in full precision) and persistent buffers; `optimizer.NAME.STATE` for optimizer
+states of the parameter's shape. Sharded tensors appear as DTensors over `dp_shard`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from meshwright.engine.optimizer import as_dtensor
+from meshwright.parallel.parameters import Parameter
+
+if TYPE_CHECKING:
+    from meshwright.engine.engine import Engine
+
+
+def model_tensors(engine: Engine) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers; loading into the returned tensors changes the engine's own."""
+    names = {name: entry for entry in engine.table for name in entry.names}
+    tensors: dict[str, Tensor] = {}
+    for entry in engine.table:
+        tensors[f"model.{entry.name}"] = _logical(engine, entry, entry.master.detach())
+    for name, value in engine.module.state_dict(keep_vars=True).items():
+        if name not in names and isinstance(value, Tensor):
+            tensors[f"model.{name}"] = value.detach()
+    return tensors
+
+
+def _logical(engine: Engine, entry: Parameter, local: Tensor) -> Tensor:
+    return as_dtensor(local, entry, engine.ranks) if entry.sharded else local
+
+
+def optimizer_tensors(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return this rank's optimizer states: tensors by `optimizer.NAME.STATE`, and plain numbers by the same names."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for entry in engine.bound.entries if engine.bound else []:
+        assert engine.bound is not None
+        parameter = engine.bound.of(entry)
+        state = {} if parameter is None else engine.bound.torch.state.get(parameter, {})
+        for key, value in state.items():
+            name = f"optimizer.{entry.name}.{key}"
+            if isinstance(value, Tensor):
+                tensors[name] = _logical(engine, entry, value) if _by_rows(engine, entry, value.shape) else value
+            else:
+                numbers[name] = value
+    return tensors, numbers
+
+
+def _by_rows(engine: Engine, entry: Parameter, shape: torch.Size) -> bool:
+    """Return whether a state of this (local) shape holds this rank's rows, rather than something whole."""
+    assert engine.bound is not None
+    return entry.sharded and not engine.bound.whole(entry) and len(shape) > 0 and shape == entry.master.detach().shape
+
+
+def empty_optimizer_states(engine: Engine, saved: dict[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+    """Give this rank's optimizer a state for each saved one that it needs; return them by name, ready to be loaded into.
+
+    `saved` is name -> (whole shape, dtype). A state of its parameter's shape is laid out as this plan lays out the parameter's
+    update; any other is whole.
+    """
+    tensors: dict[str, Tensor] = {}
+    for entry in engine.bound.entries if engine.bound else []:
+        assert engine.bound is not None
+        parameter = engine.bound.of(entry)
+        if parameter is None:
+            continue
+        prefix = f"optimizer.{entry.name}."
+        state = engine.bound.torch.state[parameter]
+        state.clear()
+        for name, (shape, dtype) in saved.items():
+            key = name.removeprefix(prefix)
+            if key == name or "." in key:
+                continue
+            device = engine.ranks.device if shape else torch.device("cpu")  # torch keeps step counts on the CPU
+            if entry.sharded and not engine.bound.whole(entry) and shape == entry.shape:
+                state[key] = torch.zeros_like(entry.master.detach(), dtype=dtype)
+                tensors[name] = _logical(engine, entry, state[key])
+            else:
+                state[key] = tensors[name] = torch.zeros(shape, dtype=dtype, device=device)
+    return tensors

@@ -1,0 +1,155 @@
+"""`meshwright train`: checks everything that can be known beforehand, prepares the run's folder, and starts the ranks."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from meshwright.errors import ConfigError, PlanError
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser."""
+    parser: argparse.ArgumentParser = subparsers.add_parser("train", help="train a model on text, under any plan")
+    parser.add_argument(
+        "inputs", nargs="*", metavar="CONFIG.toml | key=value", help="a configuration file; settings such as data=PATH"
+    )
+    parser.add_argument("--plan", help="a plan by name (ddp, zero2, fsdp, ...) or by fields (dp_replicate=2 dp_shard=2)")
+    parser.add_argument("--ranks", type=int, help="local ranks to start (default: one per CUDA device, or 2)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (train.steps)")
+    parser.add_argument("--out", type=Path, help="the run's folder (default: runs/DATE-TIME)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="override a key of the configuration")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; return the exit code. Raises a `MeshwrightError` for what is wrong before any process is started."""
+    from meshwright.train import launch, worker
+
+    joined = _announced_ranks()
+    ranks = joined or arguments.ranks or _default_ranks()
+    if ranks < 1:
+        raise ConfigError(f"--ranks {ranks} must be at least 1")
+    folder = _folder(arguments)
+    config = _configure(arguments, folder)
+    check(config, ranks)
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        _prepare(config, folder, arguments.resume)
+    mode = "resume" if arguments.resume else "fresh"
+    if joined:
+        _wait_for(folder / "plan.toml")
+    if joined or ranks == 1:
+        code = launch.run_rank(int(os.environ.get("RANK", "0")), lambda: worker.work(folder, arguments.resume), folder)
+    else:
+        code = launch.start_ranks(ranks, [sys.executable, "-c", worker.COMMAND, str(folder), mode])
+    if arguments.json and code == 0:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        print(json.dumps({"folder": str(folder), "steps": len(lines), "last": json.loads(lines[-1])}))
+    return code
+
+
+def check(config: Any, ranks: int) -> None:
+    """Raise in one sentence for whatever a run of `config` on `ranks` ranks would stumble over."""
+    from meshwright.blueprint.spec import parse_spec
+    from meshwright.parallel.apply import refuse_unavailable
+    from meshwright.plan import Plan
+    from meshwright.train.data import VOCABULARY, find_files
+    from meshwright.train.loop import make_optimizer
+
+    plan = Plan.parse(config.plan.text, ranks)
+    refuse_unavailable(plan)
+    share = plan.dp_replicate * plan.dp_shard * plan.microbatches
+    batch = config.data.global_batch
+    if batch % share:
+        near = max(share, round(batch / share) * share)
+        what = f"{plan.dp_replicate * plan.dp_shard} data ranks" + (
+            f" x {plan.microbatches} microbatches" if plan.microbatches > 1 else ""
+        )
+        raise PlanError(f"data.global_batch={batch} can't be divided over {what}: the nearest that can is {near}")
+    spec = parse_spec(config.model.spec, sequence=config.data.sequence_length)
+    if spec.config is not None and spec.config.vocab < VOCABULARY:
+        raise ConfigError(f"model {spec.text!r} has vocab={spec.config.vocab}, but tokens are bytes: use vocab={VOCABULARY}")
+    make_optimizer(config.optimizer)
+    find_files(config.data.source)
+
+
+def _configure(arguments: argparse.Namespace, folder: Path) -> Any:
+    from meshwright.train import config
+
+    files = [text for text in arguments.inputs if "=" not in text]
+    if len(files) > 1:
+        raise ConfigError(f"one configuration file at a time, not {len(files)}: {' '.join(files)}")
+    path = Path(files[0]) if files else None
+    if path is None and arguments.resume:
+        path = folder / "plan.toml"  # a resumed run keeps its own configuration
+    loaded = config.load(path, [text for text in arguments.inputs if "=" in text] + arguments.set)
+    if arguments.plan is not None:
+        loaded = replace(loaded, plan=config.PlanTable(arguments.plan))
+    if arguments.steps is not None:
+        if arguments.steps < 1:
+            raise ConfigError(f"--steps {arguments.steps} must be at least 1")
+        loaded = replace(loaded, train=replace(loaded.train, steps=arguments.steps))
+    return loaded
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    if arguments.resume and arguments.out is None:
+        raise ConfigError("--resume needs the run's folder: add --out DIR")
+    if arguments.resume and not (arguments.out / "plan.toml").is_file():
+        raise ConfigError(f"--out {arguments.out} holds no run to resume: there is no plan.toml in it")
+    if arguments.out is not None:
+        return Path(arguments.out)
+    name = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    return Path("runs") / (name or datetime.datetime.now().strftime("%Y%m%d-%H%M%S"))
+
+
+def _prepare(config: Any, folder: Path, resume: bool) -> None:
+    """Write the tokens and the resolved configuration into the run's folder, the configuration last."""
+    from meshwright.train.data import open_samples, write_tokens
+
+    tokens = folder / "data" / "tokens.bin"
+    existing = folder / "plan.toml"
+    if existing.exists() and not resume:
+        raise ConfigError(f"--out {folder} already holds a run: add --resume to go on with it, or name another folder")
+    try:
+        if not (resume and tokens.exists()):
+            write_tokens(config.data.source, tokens)
+        open_samples(tokens, config.data)
+        partial = folder / "plan.toml.partial"
+        partial.write_text(config.to_toml())
+        os.replace(partial, existing)
+    except OSError as error:
+        raise ConfigError(f"the run's folder {folder} can't be written: {error.strerror}") from error
+
+
+def _wait_for(path: Path) -> None:
+    """Wait until rank 0 has prepared the folder (no process group is there yet)."""
+    import time
+
+    deadline = time.monotonic() + 600
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(f"rank 0 did not prepare {path} within 600 s: is the folder on storage that all nodes share?")
+        time.sleep(0.05)
+
+
+def _announced_ranks() -> int:
+    """Return the number of ranks that torchrun or Slurm started, 0 if neither did."""
+    from meshwright.parallel.ranks import slurm_environment
+
+    environment = slurm_environment(os.environ) | dict(os.environ)
+    return int(environment.get("WORLD_SIZE", "0")) if "RANK" in environment else 0
+
+
+def _default_ranks() -> int:
+    import torch
+
+    return torch.cuda.device_count() or min(2, os.cpu_count() or 1)

@@ -1,0 +1,1 @@
+"""What the `train` command adds to the engine: configuration, data, the loop, metrics, starting ranks."""

@@ -1,0 +1,134 @@
+"""Ranks may hold different shares, different numbers of batches, or nothing at all; every item counts once."""
+
+from typing import Any
+
+import parity
+import pytest
+import ranks
+import torch
+import zoo
+from torch import nn
+
+import meshwright as mw
+
+PLANS = ["ddp", "zero1", "zero2", "zero3"]
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+
+
+def _loss(output: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+    return (output**2).mean()
+
+
+def _batch(step: int, rows: int) -> torch.Tensor:
+    return torch.randn(rows, 4, generator=torch.Generator().manual_seed(step)).double()
+
+
+def _engine(plan: str, **keywords: Any) -> mw.Engine:
+    return mw.parallelize(_model(), plan, optimizer=parity.adamw, loss_fn=_loss, clip_grad_norm=0.5, example_batch=_batch(0, 1), **keywords)
+
+
+def _reference(sizes: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Plain training on the rows of every rank that has any, step by step."""
+    model = _model()
+    optimizer = parity.adamw(model.parameters())
+    for step, rows in enumerate(sizes):
+        if not sum(rows):
+            continue
+        loss = _loss(model(_batch(step, sum(rows))), None)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def train_by_sizes(plan: str, sizes: list[list[int]], leave_early: bool) -> dict[str, torch.Tensor]:
+    engine = _engine(plan)
+    for step, rows in enumerate(sizes):
+        first = sum(rows[: engine.data_rank])
+        mine = _batch(step, sum(rows))[first : first + rows[engine.data_rank]]
+        if leave_early and not any(later[engine.data_rank] for later in sizes[step:]):
+            break  # this rank's loader is empty: it leaves the loop while others go on
+        engine.step(mine if len(mine) else None)
+    return engine.full_state_dict()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [[3, 1], [0, 4], [5, 0]],
+        [[1, 0], [0, 1], [2, 2]],
+    ],
+)
+def test_a_rank_may_have_nothing(plan: str, sizes: list[list[int]]) -> None:
+    expected = _reference(sizes)
+    found = ranks.run(2, train_by_sizes, plan, sizes, False)[0]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_loops_of_different_lengths_agree_when_to_stop(plan: str) -> None:
+    """Seven batches against five: the shorter loop simply ends, and the next call of the engine joins the others' steps."""
+    sizes = [[2, 3]] * 5 + [[2, 0]] * 2
+    expected = _reference(sizes)
+    found = ranks.run(2, train_by_sizes, plan, sizes, True, limit_s=60)[0]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+def iterate(lengths: list[int]) -> list[float | None]:
+    engine = _engine("ddp")
+    loader = [_batch(i, 2) for i in range(lengths[engine.data_rank])]
+    return [None if batch is None else float(batch.sum()) for batch in engine.batches(loader) if engine.step(batch)]
+
+
+def test_batches_yields_none_on_a_rank_that_is_done() -> None:
+    first, second = ranks.run(2, iterate, [1, 3])
+    assert len(first) == len(second) == 3
+    assert [value is None for value in first] == [False, True, True]
+    assert None not in second
+
+
+def zero_valid_items(plan: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """Rank 1's labels are all padding: its mean loss is 0 / 0, and must not reach anybody's gradient."""
+    case = zoo.CASES["gpt"]
+    engine = mw.parallelize(zoo.build("gpt"), plan, optimizer=parity.adamw, loss_fn=mw.losses.cross_entropy)
+    tokens, labels = case.batch(0, 4)
+    mine = slice(0, 3) if engine.data_rank == 0 else slice(3, 4)
+    metrics = engine.step((tokens[mine], labels[mine]))
+    return metrics.loss, engine.full_state_dict()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_rank_without_valid_items_changes_nothing(plan: str) -> None:
+    case = zoo.CASES["gpt"]
+    model = zoo.build("gpt")
+    tokens, labels = case.batch(0, 4)
+    assert (labels[3] == mw.losses.IGNORED).all()
+    optimizer = parity.adamw(model.parameters())
+    loss = mw.losses.cross_entropy(model(tokens), (tokens, labels))
+    loss.backward()
+    optimizer.step()
+    (found, weights), _ = ranks.run(2, zero_valid_items, plan)
+    assert found == pytest.approx(loss.item(), rel=1e-9)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-9, atol=1e-12)
+
+
+def nobody_has_data() -> str:
+    engine = _engine("ddp")
+    try:
+        engine.step(None)
+    except mw.DataError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_step_without_any_item_is_refused_on_every_rank() -> None:
+    assert all("no rank has an item" in message for message in ranks.run(2, nobody_has_data))

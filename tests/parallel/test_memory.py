@@ -1,0 +1,128 @@
+"""Each ZeRO stage keeps on each rank what the paper's formula says, counted over the live tensors of the process."""
+
+import gc
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from torch import nn
+
+import meshwright as mw
+from meshwright.plan import Plan
+from meshwright.plan.memory import state_bytes
+
+
+class Mlp(nn.Module):
+    """24 equal layers whose activations are nothing beside their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(192, 192) for _ in range(24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def live_bytes() -> int:
+    """Bytes of all tensor storages that Python can reach, each once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            tensors = [thing.to_local()] if hasattr(thing, "to_local") else [thing]
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def measure(text: str) -> dict[str, Any]:
+    before = live_bytes()
+    torch.manual_seed(0)
+    engine = mw.parallelize(
+        Mlp(),
+        text,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
+        loss_fn=lambda output, batch: (output**2).mean(),
+    )
+    batch = torch.ones(engine.plan.microbatches, 192)
+    at_update: list[int] = []
+    engine.step(batch)
+    between = live_bytes() - before
+    engine.optimizer.register_step_pre_hook(lambda *_: at_update.append(live_bytes() - before))
+    engine.step(batch)
+    engine.step(batch)
+    count = sum(entry.shape.numel() for entry in engine.table)
+    return {"between": between, "peak": at_update[-1], "after": live_bytes() - before, "parameters": count, "plan": engine.plan.to_json()}
+
+
+PLANS = [
+    ("single", 1),
+    ("ddp", 2),
+    ("zero1", 2),
+    ("zero2", 2),
+    ("zero3", 2),
+    ("zero2", 4),
+    ("zero3", 4),
+    ("dp_replicate=2 dp_shard=2 zero=1", 4),
+    ("dp_replicate=2 dp_shard=2 zero=2", 4),
+    ("ddp microbatches=3", 2),
+    ("zero1 microbatches=3", 2),
+    ("zero2 microbatches=3", 2),
+    ("zero3 microbatches=3", 2),
+    ("single precision=bf16", 1),
+    ("ddp precision=bf16", 2),
+    ("zero1 precision=bf16", 2),
+    ("zero2 precision=bf16 microbatches=2", 2),
+    ("zero3 precision=bf16", 2),
+]
+
+
+@pytest.mark.parametrize(("text", "world_size"), PLANS)
+def test_live_bytes_match_the_formula(text: str, world_size: int) -> None:
+    for found in ranks.run(world_size, measure, text):
+        expected = state_bytes(Plan(**found["plan"]), found["parameters"])
+        assert found["between"] == pytest.approx(expected.between_steps, rel=0.02)
+        assert found["after"] == pytest.approx(expected.between_steps, rel=0.02)
+        assert found["peak"] == pytest.approx(expected.peak, rel=0.02)
+
+
+def highest_during_backward(text: str) -> tuple[int, int, int]:
+    """(highest live bytes seen whenever a gradient is made, parameters, bytes of the largest transient)."""
+    before = live_bytes()
+    torch.manual_seed(0)
+    model = Mlp()
+    seen: list[int] = []
+    engine = mw.parallelize(
+        model,
+        text,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
+        loss_fn=lambda output, batch: (output**2).mean(),
+    )
+    batch = torch.ones(engine.plan.microbatches, 192)
+    engine.step(batch)
+    for layer in engine.module.layers:
+        layer.register_full_backward_hook(lambda *_: seen.append(live_bytes() - before))
+    engine.step(batch)
+    buckets = engine._applied.buckets
+    bucket = max((b.width * buckets.shards * 4 for b in buckets.buckets), default=0) if buckets else 0
+    return max(seen), sum(entry.shape.numel() for entry in engine.table), bucket
+
+
+@pytest.mark.parametrize("text", ["zero2", "zero2 microbatches=3"])
+def test_zero2_never_holds_more_than_two_buckets_of_full_gradients(text: str) -> None:
+    for highest, parameters, bucket in ranks.run(2, highest_during_backward, text):
+        formula = state_bytes(Plan(dp_shard=2, zero=2), parameters).peak
+        assert highest <= formula * 1.02 + 2.5 * bucket  # two full buckets and the part of one
+        assert bucket <= 4 * parameters / 3
+
+
+@pytest.mark.parametrize("text", ["zero3", "zero3 microbatches=3"])
+def test_zero3_never_holds_more_than_a_few_gathered_units(text: str) -> None:
+    layer = 4 * (192 * 192 + 192)
+    for highest, parameters, _ in ranks.run(2, highest_during_backward, text):
+        formula = state_bytes(Plan(dp_shard=2, zero=3), parameters).peak
+        assert highest <= formula * 1.02 + 6 * layer  # the unit at work and the next, gathered, with their gradients

@@ -1,0 +1,109 @@
+"""A plan's text round-trips, resolves to the ranks at hand, and refuses in one sentence."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.errors import PlanError
+from meshwright.plan import AUTO, NAMED_PLANS, Plan
+
+degrees = st.integers(0, 64)
+plans = st.builds(
+    Plan,
+    dp_replicate=degrees,
+    dp_shard=degrees,
+    zero=st.integers(1, 3),
+    tp=degrees,
+    sp=st.booleans(),
+    cp=degrees,
+    pp=degrees,
+    ep=degrees,
+    schedule=st.sampled_from(["1f1b", "gpipe", "interleaved", "zbv"]),
+    virtual=st.integers(1, 8),
+    microbatches=st.integers(1, 64),
+    recompute=st.sampled_from(["none", "selective", "full", "budget=8GB"]),
+    offload=st.sampled_from(["none", "optimizer:cpu", "optimizer:nvme=/scratch/x,params:cpu"]),
+    precision=st.sampled_from(["fp32", "bf16", "fp16"]),
+    compile=st.booleans(),
+)
+
+
+@given(plans)
+def test_text_and_json_round_trip(plan: Plan) -> None:
+    assert Plan.parse(str(plan)) == plan
+    assert Plan(**plan.to_json()) == plan
+
+
+@given(plans, st.randoms())
+def test_order_of_items_does_not_matter(plan: Plan, random) -> None:
+    items = str(plan).split()
+    random.shuffle(items)
+    assert Plan.parse(" ".join(items)) == plan
+
+
+@given(plans, st.integers(1, 4096))
+def test_resolving_fills_every_degree_or_refuses(plan: Plan, world_size: int) -> None:
+    try:
+        resolved = plan.resolve(world_size)
+    except PlanError as error:
+        assert "\n" not in str(error)
+        fixed = math.prod(d for n in ("dp_replicate", "dp_shard", "tp", "cp", "pp") if (d := getattr(plan, n)) != AUTO)
+        open_degrees = AUTO in (plan.dp_replicate, plan.dp_shard, plan.tp, plan.cp, plan.pp)
+        assert world_size % fixed or (not open_degrees and fixed != world_size)
+        return
+    assert resolved.degree_product() == world_size
+    assert resolved.resolve(world_size) == resolved
+
+
+@pytest.mark.parametrize("name", NAMED_PLANS)
+def test_named_plans_round_trip_and_resolve(name: str) -> None:
+    plan = Plan.parse(name)
+    assert Plan.parse(str(plan)) == plan
+    ranks = 1 if name in ("single", "dp") else 4
+    assert plan.resolve(ranks).degree_product() == ranks
+
+
+def test_named_plans_mean_what_the_field_means() -> None:
+    assert Plan.parse("ddp", 4) == Plan(dp_replicate=4)
+    assert Plan.parse("zero1", 4) == Plan(dp_shard=4, zero=1)
+    assert Plan.parse("zero2", 4) == Plan(dp_shard=4, zero=2)
+    assert Plan.parse("fsdp", 4) == Plan.parse("zero3", 4) == Plan(dp_shard=4, zero=3)
+    assert Plan.parse("hsdp", 8) == Plan(dp_replicate=2, dp_shard=4)
+    assert Plan.parse("fsdp precision=bf16 microbatches=2", 2) == Plan(dp_shard=2, precision="bf16", microbatches=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("fsd", ["'fsd'", "'fsdp'"]),
+        ("dp_shrad=2", ["'dp_shrad'", "'dp_shard'"]),
+        ("dp_shard=x", ["dp_shard=x"]),
+        ("dp_shard=0", ["dp_shard=0"]),
+        ("zero=4", ["zero=4", "1, 2 or 3"]),
+        ("precision=fp31", ["fp31", "fp32"]),
+        ("sp=yes", ["sp=yes", "on nor off"]),
+        ("offload=disk", ["offload=disk"]),
+        ("recompute=all", ["recompute=all"]),
+    ],
+)
+def test_wrong_text_is_refused_with_the_value_and_the_nearest(text: str, names: list[str]) -> None:
+    with pytest.raises(PlanError) as caught:
+        Plan.parse(text)
+    message = str(caught.value)
+    assert "\n" not in message
+    for name in names:
+        assert name in message
+
+
+@pytest.mark.parametrize(("text", "ranks", "hint"), [("dp_shard=3", 4, "dp_shard=4"), ("single", 2, "ddp"), ("tp=3 dp_shard=auto", 4, "3")])
+def test_a_plan_that_does_not_fit_names_the_nearest_that_does(text: str, ranks: int, hint: str) -> None:
+    with pytest.raises(PlanError, match=hint):
+        Plan.parse(text, ranks)
+
+
+def test_plans_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Plan().tp = 2  # type: ignore[misc]
