@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -177,16 +177,19 @@ def fabric_fsdp(job: Job) -> Step:
 def _accelerate_step(job: Job, accelerator: Any) -> Step:
     model = job.model()
     model, optimizer = accelerator.prepare(model, adamw(model.parameters()))
+    parameters = list(model.parameters())
 
     def step(batch: Batch) -> float:
         tokens, labels = batch
         loss = cross_entropy(model(tokens), labels)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        accelerator.clip_grad_norm_(parameters, CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
         return job.logged(loss)
 
+    if accelerator.state.distributed_type == "FSDP" and sum(isinstance(m, FSDPModule) for m in model.modules()) < 2:
+        raise RuntimeError("Accelerate was asked for FSDP2 and did not shard the blocks")
     return step
 
 
@@ -199,11 +202,16 @@ def accelerate_ddp(job: Job) -> Step:
 
 def accelerate_fsdp(job: Job) -> Step:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
 
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
     )
-    return _accelerate_step(job, Accelerator(cpu=job.device == "cpu", fsdp_plugin=plugin))
+    accelerator = Accelerator(cpu=job.device == "cpu", fsdp_plugin=plugin)
+    # On CPU Accelerate (1.15) drops the plugin without a word and wraps with DDP; its FSDP2 code itself runs there.
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    return _accelerate_step(job, accelerator)
 
 
 # DeepSpeed

@@ -73,7 +73,7 @@ def fsdp_reduce_unused(root: FSDPModule) -> None:
 def fsdp_reset(root: FSDPModule) -> None:
     """Bring FSDP2 back to a clean state after an exception in mid-step, where the version can."""
     reset = getattr(root, "reset_iter_state", None)
-    if reset is not None:
+    if reset is not None and root._get_fsdp_state()._is_root:  # None before the first forward: nothing to reset
         reset()
 
 

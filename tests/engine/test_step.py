@@ -192,7 +192,9 @@ def test_any_torch_optimizer_updates_its_shards_like_the_whole(plan: str, name: 
 
 
 def rates(plan: str) -> list[float]:
-    engine = mw.parallelize(_mlp(), plan, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), loss_fn=_square, lr_schedule=lambda s: 1 / (1 + s))
+    engine = mw.parallelize(
+        _mlp(), plan, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), loss_fn=_square, lr_schedule=lambda s: 1 / (1 + s)
+    )
     return [engine.step(torch.ones(2, 8)).lr for _ in range(4)]
 
 
@@ -275,7 +277,11 @@ def test_a_loss_that_is_no_differentiable_scalar_is_one_sentence(kind: str, word
         ({"model": nn.Linear(2, 2, device="meta")}, mw.ModelError, "meta device"),
         ({"model": lambda: 5}, mw.ModelError, "int"),
         ({"optimizer": lambda p: torch.optim.LBFGS(p)}, mw.ConfigError, "LBFGS"),
-        ({"optimizer": lambda p: torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1)}, mw.ConfigError, "no trainable parameter of the model"),
+        (
+            {"optimizer": lambda p: torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1)},
+            mw.ConfigError,
+            "no trainable parameter of the model",
+        ),
         ({"optimizer": lambda p: 5}, mw.ConfigError, "int"),
     ],
 )

@@ -28,7 +28,9 @@ def _batch(step: int, rows: int) -> torch.Tensor:
 
 
 def _engine(plan: str, **keywords: Any) -> mw.Engine:
-    return mw.parallelize(_model(), plan, optimizer=parity.adamw, loss_fn=_loss, clip_grad_norm=0.5, example_batch=_batch(0, 1), **keywords)
+    return mw.parallelize(
+        _model(), plan, optimizer=parity.adamw, loss_fn=_loss, clip_grad_norm=0.5, example_batch=_batch(0, 1), **keywords
+    )
 
 
 def _reference(sizes: list[list[int]]) -> dict[str, torch.Tensor]:

@@ -56,7 +56,13 @@ def measure(text: str) -> dict[str, Any]:
     engine.step(batch)
     engine.step(batch)
     count = sum(entry.shape.numel() for entry in engine.table)
-    return {"between": between, "peak": at_update[-1], "after": live_bytes() - before, "parameters": count, "plan": engine.plan.to_json()}
+    return {
+        "between": between,
+        "peak": at_update[-1],
+        "after": live_bytes() - before,
+        "parameters": count,
+        "plan": engine.plan.to_json(),
+    }
 
 
 PLANS = [

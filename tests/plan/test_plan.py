@@ -98,7 +98,9 @@ def test_wrong_text_is_refused_with_the_value_and_the_nearest(text: str, names: 
         assert name in message
 
 
-@pytest.mark.parametrize(("text", "ranks", "hint"), [("dp_shard=3", 4, "dp_shard=4"), ("single", 2, "ddp"), ("tp=3 dp_shard=auto", 4, "3")])
+@pytest.mark.parametrize(
+    ("text", "ranks", "hint"), [("dp_shard=3", 4, "dp_shard=4"), ("single", 2, "ddp"), ("tp=3 dp_shard=auto", 4, "3")]
+)
 def test_a_plan_that_does_not_fit_names_the_nearest_that_does(text: str, ranks: int, hint: str) -> None:
     with pytest.raises(PlanError, match=hint):
         Plan.parse(text, ranks)

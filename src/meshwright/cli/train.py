@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     from meshwright.train import launch, worker
 
     joined = _announced_ranks()
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise ConfigError(f"--ranks {arguments.ranks} must be at least 1")
     ranks = joined or arguments.ranks or _default_ranks()
-    if ranks < 1:
-        raise ConfigError(f"--ranks {ranks} must be at least 1")
     folder = _folder(arguments)
     config = _configure(arguments, folder)
     check(config, ranks)

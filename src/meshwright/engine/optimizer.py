@@ -56,7 +56,9 @@ class BoundOptimizer:
             raise ConfigError(f"optimizer= must return a torch.optim.Optimizer, not a {type(self.torch).__name__}")
         closure = inspect.signature(type(self.torch).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
-            raise ConfigError(f"{type(self.torch).__name__} needs to evaluate the loss again in its step: use AdamW, SGD or another")
+            raise ConfigError(
+                f"{type(self.torch).__name__} needs to evaluate the loss again in its step: use AdamW, SGD or another"
+            )
         self._group = ranks.group("dp_shard")
         self._owners: dict[int, int] = {}
         if type(self.torch) not in _ELEMENTWISE and self._group is not None:
@@ -86,7 +88,9 @@ class BoundOptimizer:
             for parameter in group["params"]:
                 if id(parameter) not in known:
                     shape = list(parameter.shape)
-                    raise ConfigError(f"the optimizer was given a tensor of shape {shape} that is no trainable parameter of the model")
+                    raise ConfigError(
+                        f"the optimizer was given a tensor of shape {shape} that is no trainable parameter of the model"
+                    )
                 entry = known[id(parameter)]
                 entries.append(entry)
                 self._adopt(entry, state.get(parameter, {}))

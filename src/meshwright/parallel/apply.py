@@ -20,7 +20,7 @@ from meshwright.blueprint.blocks import block_names
 from meshwright.errors import ModelError, PlanError
 from meshwright.parallel import fsdp, materialise
 from meshwright.parallel.buckets import Buckets
-from meshwright.parallel.parameters import Parameter, collect
+from meshwright.parallel.parameters import Parameter, collect, rebind
 from meshwright.parallel.ranks import Ranks
 from meshwright.plan import Plan
 
@@ -69,6 +69,7 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
         sharded = fsdp.shard(module, block_names(module), table, ranks, compute_dtype)
     if recording is not None:
         module.to_empty(device=ranks.device)
+        rebind(module, table)
         values.fill(module, table)
     if sharded:
         fsdp.bind(module, sharded)

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from meshwright import _torch
-from meshwright.parallel.parameters import Parameter, shard_rows
+from meshwright.parallel.parameters import Parameter, rebind, shard_rows
 from meshwright.parallel.ranks import Ranks
 
 
@@ -60,9 +60,8 @@ def shard(
             unit.set_gradient_divide_factor(1.0)  # losses are weighted by item count beforehand: gradients are summed
             unit.set_force_sum_reduction_for_comms(True)
     _torch.fsdp_reduce_unused(root)
-    current = dict(module.named_parameters(remove_duplicate=False))
+    rebind(module, taken)
     for entry in taken:
-        entry.live = current[entry.name]
         entry.rows = shard_rows(entry.shape[0], ranks.mesh["dp_shard"].size(), ranks.mesh.get_local_rank("dp_shard"))
     return taken
 

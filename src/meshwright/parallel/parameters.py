@@ -66,13 +66,27 @@ def collect(module: nn.Module) -> list[Parameter]:
         _, first = entries[0]
         for name, parameter in entries:
             if parameter is not first:
-                owner, _, attribute = name.rpartition(".")
-                setattr(module.get_submodule(owner), attribute, first)
+                _assign(module, name, first)
         trainable = any(parameter.requires_grad for _, parameter in entries)
         first.requires_grad_(trainable)
         names = tuple(name for name, _ in entries)
         table.append(Parameter(names, weakref.ref(first), first, first, first.shape, first.dtype, trainable))
     return table
+
+
+def rebind(module: nn.Module, table: list[Parameter]) -> None:
+    """Point `live` and `master` at the tensors that the module holds now, after torch has replaced some; ties stay tied."""
+    current = dict(module.named_parameters(remove_duplicate=False))
+    for entry in table:
+        entry.live = entry.master = current[entry.name]
+        for name in entry.names[1:]:
+            if current[name] is not entry.live:
+                _assign(module, name, entry.live)
+
+
+def _assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(owner), attribute, parameter)
 
 
 def shard_rows(rows: int, ranks: int, rank: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -29,6 +30,8 @@ from meshwright.errors import MeshwrightError
 
 ERRORS_VARIABLE = "MESHWRIGHT_ERRORS"
 """Names the folder in which a rank that fails leaves its error, for the process that started it."""
+
+_LOST_PEER = re.compile(r"gloo/transport|Connection (closed|reset)|Broken pipe|remote process exited|NCCL communicator was aborted")
 
 
 class _Loopback(RendezvousHandler):
@@ -107,11 +110,14 @@ def start_ranks(ranks: int, command: list[str]) -> int:
 def _report(folder: Path, exit_codes: dict[int, int]) -> int:
     """Print the error of the rank that failed first; return the exit code for it."""
     errors = [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
-    if errors:
-        first = min(errors, key=lambda error: error["time"])
+    killed = any(code < 0 and code != -signal.SIGTERM for code in exit_codes.values())
+    # A rank that loses its peer fails too, a moment later: that is news only if no rank has a cause of its own.
+    causes = [error for error in errors if not (killed and error["lost_peer"])]
+    if causes:
+        first = min(causes, key=lambda error: (error["lost_peer"], error["time"]))
         print(f"error: rank {first['rank']}: {first['message']}", file=sys.stderr)
         return int(first["exit_code"])
-    rank, code = min(exit_codes.items(), default=(0, 1))
+    rank, code = min(exit_codes.items(), key=lambda item: (item[1] >= 0, item[0]), default=(0, 1))
     cause = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     hint = " (the system may have been out of memory)" if code == -signal.SIGKILL else ""
     print(f"error: rank {rank} {cause}{hint}", file=sys.stderr)
@@ -135,7 +141,8 @@ def run_rank(rank: int, body: Callable[[], None], log_folder: Path) -> int:
         if folder is None:
             print(f"error: rank {rank}: {message}", file=sys.stderr)
         else:
-            record = {"rank": rank, "time": time.time(), "message": message, "exit_code": code}
+            lost_peer = not isinstance(error, MeshwrightError) and _LOST_PEER.search(str(error)) is not None
+            record = {"rank": rank, "time": time.time(), "message": message, "exit_code": code, "lost_peer": lost_peer}
             partial = Path(folder) / f"rank-{rank}.partial"
             partial.write_text(json.dumps(record))
             partial.rename(Path(folder) / f"rank-{rank}.json")

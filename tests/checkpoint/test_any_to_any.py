@@ -1,0 +1,122 @@
+"""A checkpoint that was saved under one plan continues the run exactly under any other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import parity
+import pytest
+import ranks
+import torch
+import zoo
+
+import meshwright as mw
+from meshwright.checkpoint import latest, prune, step_folder
+
+PLANS = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "hsdp": 4, "zero3 precision=bf16": 2}
+
+
+def _engine(plan: str, optimizer: str = "AdamW") -> mw.Engine:
+    case = zoo.CASES["gpt-tied"]
+
+    def build(params: Any) -> torch.optim.Optimizer:
+        return parity.adamw(params) if optimizer == "AdamW" else getattr(torch.optim, optimizer)(params, lr=0.01)
+
+    return mw.parallelize(
+        zoo.build("gpt-tied"), plan, optimizer=build, loss_fn=case.loss, clip_grad_norm=0.5, lr_schedule=lambda s: 1 / (1 + s)
+    )
+
+
+def _steps(engine: mw.Engine, first: int, last: int) -> list[float]:
+    case = zoo.CASES["gpt-tied"]
+    return [engine.step(parity.share(case.batch(step, 8), engine.data_rank, engine.data_ranks)).loss for step in range(first, last)]
+
+
+def through(plan: str, folder: str, optimizer: str = "AdamW") -> tuple[list[float], dict[str, torch.Tensor]]:
+    engine = _engine(plan, optimizer)
+    losses = _steps(engine, 0, 2)
+    engine.save(Path(folder) / "half", {"position": 12})
+    losses += _steps(engine, 2, 4)
+    return losses, engine.full_state_dict()
+
+
+def onward(plan: str, folder: str, optimizer: str = "AdamW") -> tuple[list[float], dict[str, torch.Tensor], Any]:
+    engine = _engine(plan, optimizer)
+    _steps(engine, 7, 8)  # whatever it did before is forgotten
+    extra = engine.load(Path(folder) / "half")
+    return _steps(engine, 2, 4), engine.full_state_dict(), (extra, engine.steps)
+
+
+@pytest.mark.parametrize("before", ["single", "ddp", "zero2", "zero3", "hsdp"])
+def test_any_plan_to_any_plan(before: str, tmp_path: Path) -> None:
+    losses, weights = ranks.run(PLANS[before], through, before, str(tmp_path))[0]
+    for after in ("single", "ddp", "zero1", "zero3", "hsdp"):
+        found, resumed, (extra, steps) = ranks.run(PLANS[after], onward, after, str(tmp_path))[0]
+        assert extra == {"position": 12}
+        assert steps == 4
+        assert found == pytest.approx(losses[2:], rel=1e-9)
+        for name, value in weights.items():
+            torch.testing.assert_close(resumed[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_resuming_under_the_same_plan_is_bit_equal(plan: str, tmp_path: Path) -> None:
+    losses, weights = ranks.run(PLANS[plan], through, plan, str(tmp_path))[0]
+    found, resumed, _ = ranks.run(PLANS[plan], onward, plan, str(tmp_path))[0]
+    assert found == losses[2:]
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(("before", "after"), [("zero3", "single"), ("single", "zero2"), ("zero1", "zero3")])
+def test_optimizers_of_whole_matrices_travel_too(before: str, after: str, tmp_path: Path) -> None:
+    losses, weights = ranks.run(PLANS[before], through, before, str(tmp_path), "Adafactor")[0]
+    found, resumed, _ = ranks.run(PLANS[after], onward, after, str(tmp_path), "Adafactor")[0]
+    assert found == pytest.approx(losses[2:], rel=1e-9)
+    for name, value in weights.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_a_tied_weight_is_in_a_checkpoint_once(tmp_path: Path) -> None:
+    ranks.run(2, through, "zero3", str(tmp_path))
+    state = json.loads((tmp_path / "half" / "state.json").read_text())
+    assert state["names"]["embedding.weight"] == ["embedding.weight", "head.weight"]
+    assert "head.weight" not in state["names"]
+
+
+def refuse(folder: str) -> list[str]:
+    messages = []
+    engine = _engine("single", "SGD")
+    for path in (Path(folder) / "nothing", Path(folder) / "half"):
+        try:
+            engine.load(path)
+        except mw.CheckpointError as error:
+            messages.append(str(error))
+    other = mw.parallelize(zoo.build("gpt"), "single", optimizer=parity.adamw)
+    try:
+        other.load(Path(folder) / "half")
+    except mw.CheckpointError as error:
+        messages.append(str(error))
+    return messages
+
+
+def test_what_is_no_checkpoint_of_this_run_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    ranks.run(1, through, "single", str(tmp_path))
+    nothing, optimizer, model = ranks.run(1, refuse, str(tmp_path))[0]
+    assert "not a complete checkpoint" in nothing
+    assert "SGD" in optimizer
+    assert "another model" in model
+    assert all("\n" not in message for message in (nothing, optimizer, model))
+
+
+def test_an_incomplete_folder_is_never_the_latest_and_is_cleaned_up(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        folder = step_folder(tmp_path, step)
+        folder.mkdir()
+        (folder / "state.json").write_text("{}")
+    step_folder(tmp_path, 40).mkdir()
+    (tmp_path / "step-50.partial").mkdir()
+    assert latest(tmp_path) == tmp_path / "step-30"
+    prune(tmp_path, keep=2)
+    assert not (tmp_path / "step-10").exists()
+    assert not (tmp_path / "step-50.partial").exists()
+    assert latest(tmp_path) == tmp_path / "step-30"
