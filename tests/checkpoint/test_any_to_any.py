@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import parity
 import pytest
-import ranks
 import torch
-import zoo
 
 import meshwright as mw
+import parity
+import ranks
+import zoo
 from meshwright.checkpoint import latest, prune, step_folder
 
 PLANS = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "hsdp": 4, "zero3 precision=bf16": 2}

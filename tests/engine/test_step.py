@@ -3,14 +3,14 @@
 import math
 from typing import Any
 
-import parity
 import pytest
-import ranks
 import torch
-import zoo
 from torch import nn
 
 import meshwright as mw
+import parity
+import ranks
+import zoo
 
 PLANS = ["ddp", "zero1", "zero2", "zero3"]
 
@@ -118,7 +118,7 @@ def test_fp16_finds_its_loss_scale(plan: str) -> None:
 def groups(plan: str, style: str) -> dict[str, torch.Tensor]:
     """Groups made from what the callable is given, or from the model's own parameters, held since before."""
     model = _mlp(torch.float64)
-    held = {name: parameter for name, parameter in model.named_parameters()}
+    held = dict(model.named_parameters())
 
     def build(params: Any) -> torch.optim.Optimizer:
         if style == "given":

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-import parity
 import pytest
-import ranks
 import torch
-import zoo
 from torch import nn
 
 import meshwright as mw
+import parity
+import ranks
+import zoo
 
 PLANS = ["ddp", "zero1", "zero2", "zero3"]
 

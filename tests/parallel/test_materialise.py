@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy
 import pytest
-import ranks
 import torch
-import zoo
 from torch import nn
 
 import meshwright as mw
+import ranks
+import zoo
 from meshwright.parallel.materialise import build
 
 

@@ -4,11 +4,11 @@ import gc
 from typing import Any
 
 import pytest
-import ranks
 import torch
 from torch import nn
 
 import meshwright as mw
+import ranks
 from meshwright.plan import Plan
 from meshwright.plan.memory import state_bytes
 

@@ -48,8 +48,7 @@ def test_order_of_items_does_not_matter(plan: Plan, random) -> None:
 def test_resolving_fills_every_degree_or_refuses(plan: Plan, world_size: int) -> None:
     try:
         resolved = plan.resolve(world_size)
-    except PlanError as error:
-        assert "\n" not in str(error)
+    except PlanError:
         fixed = math.prod(d for n in ("dp_replicate", "dp_shard", "tp", "cp", "pp") if (d := getattr(plan, n)) != AUTO)
         open_degrees = AUTO in (plan.dp_replicate, plan.dp_shard, plan.tp, plan.cp, plan.pp)
         assert world_size % fixed or (not open_degrees and fixed != world_size)

@@ -20,8 +20,9 @@ class Parameter:
     """One logical parameter.
 
     `names` are all its names in the module, the first one being the name in checkpoints. `original` refers weakly to the tensor
-    that the user's code may know (for re-binding parameter groups; it must not keep a whole tensor alive). `live` is what the module computes with; `master` is what the optimizer
-    updates on this rank: the live tensor itself, a full-precision copy, or this rank's rows of either.
+    that the user's code may know, for re-binding parameter groups: it must not keep a whole tensor alive. `live` is what the
+    module computes with; `master` is what the optimizer updates on this rank: the live tensor itself, a full-precision copy,
+    or this rank's rows of either.
     `rows` is (first, count) of this rank's rows where the master is sharded on dim 0 over `dp_shard`, else None.
     `gradient` is the reduced gradient of the master's shape, between the backward and the update; `used` says whether a
     backward of the step reached the parameter, on this rank while it runs, on any rank once it is reduced.
