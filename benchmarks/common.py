@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -133,6 +134,7 @@ def _rank(rank: int, world_size: int, folder: str, pipe: Connection, function: C
         DS_ACCELERATOR="cpu",
     )
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # peers and torch versions deprecate each other's options; the tables are what is read
     try:
         if world_size > 1:
             limit = datetime.timedelta(seconds=600)

@@ -78,7 +78,7 @@ def meshwright(job: Job, plan: str) -> Step:
         optimizer=adamw,
         loss_fn=mw.losses.cross_entropy,
         clip_grad_norm=CLIP_NORM,
-        device=torch.device(job.device),
+        device=torch.device("cuda", 0) if job.device == "cuda" else torch.device("cpu"),
     )
     return lambda batch: engine.step(batch).loss
 

@@ -7,8 +7,10 @@ ranks with one thread each); `overhead` trains one so small that the code around
 live bytes. Ratios below 1 mean that meshwright, or the peer, is faster than what it is compared with. Targets: 1.02 of the code
 by hand in CPU seconds (1.05 in `overhead`), no slower than any peer, 2% between bytes and formula.
 
-Peers that are not installed are left out with a line saying so. DeepSpeed: `DS_BUILD_OPS=0 pip install --no-build-isolation
-deepspeed` (after `pip install wheel ninja`). With `--device cuda` one rank compares `single` with a plain torch loop.
+Peers that are not installed are left out with a line saying so. DeepSpeed: `pip install wheel ninja`, then `DS_BUILD_OPS=0 pip
+install --no-build-isolation deepspeed`; its first run compiles an extension for half a minute and needs `ninja` on the PATH.
+Accelerate turns FSDP2 on for accelerators only; here its FSDP2 code is switched on by hand (see `contenders.py`).
+With `--device cuda` one rank compares `single` with a plain torch loop.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ STEPS = {"10m": 1, "50m": 1, "overhead": 25}
 """Steps in one turn by default: long enough to time, short enough that a disturbance hits few turns."""
 
 TARGETS = {"10m": 1.02, "50m": 1.02, "overhead": 1.05}
-MEMORY_PLANS = ("ddp", "zero1", "zero2", "fsdp", "ddp precision=bf16", "zero1 precision=bf16", "zero2 precision=bf16")
+MEMORY_PLANS = [f"{plan}{precision}" for precision in ("", " precision=bf16") for plan in ("ddp", "zero1", "zero2", "fsdp")]
 
 
 def main() -> None:
@@ -169,7 +171,7 @@ def _print(section: str, group: str, job: Job, found: dict[str, Any]) -> None:
     if peers:
         table("Against peers of the same form", ["", "CPU ratio [quartiles]", "wall ratio"], peers)
     for name, reason in found["absent"].items():
-        print(f"{name}: not installable here: {reason}")
+        print(f"{name}: not measured here: {reason}")
 
 
 def _milliseconds(seconds: list[float]) -> str:

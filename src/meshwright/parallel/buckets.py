@@ -178,7 +178,9 @@ class Buckets:
         """Return (columns of the bucket, part of the gradient) pairs that together cover the gradient."""
         assert bucket.buffer is not None
         first, count = bucket.columns[index]
-        if self.shards == 1 or not bucket.entries[index].sharded:
+        if self.shards == 1:
+            return [(bucket.buffer[0, first : first + count], gradient.reshape(-1))]
+        if not bucket.entries[index].sharded:
             return [(row[first : first + count], gradient.reshape(-1)) for row in bucket.buffer]
         whole = gradient.numel() // count  # ranks whose rows are all there
         flat = gradient.reshape(-1)

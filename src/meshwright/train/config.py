@@ -69,10 +69,10 @@ class ScheduleTable:
 class TrainTable:
     """`on_nonfinite`: stop or skip; `eval_every` steps (0: only at the end); `sample` characters of text at the end."""
 
-    steps: int = 400
+    steps: int = 220
     seed: int = 0
     clip_grad_norm: float = 1.0
-    eval_every: int = 200
+    eval_every: int = 100
     on_nonfinite: str = "stop"
     sample: int = 240
 
@@ -81,7 +81,7 @@ class TrainTable:
 class CheckpointTable:
     """A checkpoint `every` so many steps (0: only at the end), the newest `keep` of them kept."""
 
-    every: int = 200
+    every: int = 100
     keep: int = 2
     asynchronous: bool = field(default=False, metadata={"key": "async"})
 

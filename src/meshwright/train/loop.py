@@ -214,7 +214,8 @@ class _Run:
             if self.engine.ranks.mesh is not None:
                 dist.broadcast(chosen, 0)  # 8 bytes: every rank goes on from the same text
             tokens.append(int(chosen))
-        return bytes(tokens).decode("utf-8", errors="replace")
+        text = bytes(tokens).decode("utf-8", errors="replace")
+        return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
     def conclude(self) -> None:
         """Print the final validation loss, a sample, and where everything is."""
