@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SMALL = ["model.spec=llama:layers=1,hidden=16,heads=2,vocab=256", "data.sequence_length=16", "data.validation_samples=4", "train.sample=3"]
+SMALL = [
+    "model.spec=llama:layers=1,hidden=16,heads=2,vocab=256",
+    "data.sequence_length=16",
+    "data.validation_samples=4",
+    "train.sample=3",
+]
 
 
 def _blocks(language: str) -> list[tuple[str, str]]:
@@ -37,7 +42,9 @@ def _environment() -> dict[str, str]:
 
 @pytest.mark.parametrize(("name", "code"), _blocks("python"), ids=[name for name, _ in _blocks("python")])
 def test_python_examples_run(name: str, code: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path, env=_environment())
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path, env=_environment()
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,7 +1,11 @@
-"""meshwright: any PyTorch module under any mix of parallelism, with the same numbers as on one device."""
+"""meshwright: any PyTorch module under any mix of parallelism, with the same numbers as on one device.
 
-from meshwright import losses
-from meshwright.engine import Engine, Metrics, parallelize
+Names are imported when they are first used: `import meshwright` costs no more than `import torch`, and starts nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from meshwright.errors import (
     CheckpointError,
     ConfigError,
@@ -11,7 +15,18 @@ from meshwright.errors import (
     PlanError,
     TrainingError,
 )
-from meshwright.plan import Plan
+
+if TYPE_CHECKING:
+    from meshwright import losses
+    from meshwright.engine import Engine, Metrics, parallelize
+    from meshwright.plan import Plan
+
+_HOMES = {
+    "Engine": "meshwright.engine",
+    "Metrics": "meshwright.engine",
+    "Plan": "meshwright.plan",
+    "parallelize": "meshwright.engine",
+}
 
 __all__ = [
     "CheckpointError",
@@ -27,3 +42,15 @@ __all__ = [
     "losses",
     "parallelize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return import_module("meshwright.losses")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'meshwright' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

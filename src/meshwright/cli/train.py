@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.errors import ConfigError, PlanError
+from meshwright.plan import Plan
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -32,14 +33,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; return the exit code. Raises a `MeshwrightError` for what is wrong before any process is started."""
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise ConfigError(f"--ranks {arguments.ranks} must be at least 1")
+    folder = _folder(arguments)
+    config = _configure(arguments, folder)
+    Plan.parse(config.plan.text)  # what is wrong in the text is said before torch is loaded
     from meshwright.train import launch, worker
 
     joined = _announced_ranks()
-    if arguments.ranks is not None and arguments.ranks < 1:
-        raise ConfigError(f"--ranks {arguments.ranks} must be at least 1")
     ranks = joined or arguments.ranks or _default_ranks()
-    folder = _folder(arguments)
-    config = _configure(arguments, folder)
     check(config, ranks)
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         _prepare(config, folder, arguments.resume)
@@ -60,7 +62,6 @@ def check(config: Any, ranks: int) -> None:
     """Raise in one sentence for whatever a run of `config` on `ranks` ranks would stumble over."""
     from meshwright.blueprint.spec import parse_spec
     from meshwright.parallel.apply import refuse_unavailable
-    from meshwright.plan import Plan
     from meshwright.train.data import VOCABULARY, find_files
     from meshwright.train.loop import make_optimizer
 
