@@ -46,9 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         _prepare(config, folder, arguments.resume)
     mode = "resume" if arguments.resume else "fresh"
-    if joined:
-        _wait_for(folder / "plan.toml")
-    if joined or ranks == 1:
+    if joined or ranks == 1:  # rank 0 joins its peers only now, so they find the folder prepared
         code = launch.run_rank(int(os.environ.get("RANK", "0")), lambda: worker.work(folder, arguments.resume), folder)
     else:
         code = launch.start_ranks(ranks, [sys.executable, "-c", worker.COMMAND, str(folder), mode])
@@ -108,8 +106,11 @@ def _folder(arguments: argparse.Namespace) -> Path:
         raise ConfigError(f"--out {arguments.out} holds no run to resume: there is no plan.toml in it")
     if arguments.out is not None:
         return Path(arguments.out)
-    name = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-    return Path("runs") / (name or datetime.datetime.now().strftime("%Y%m%d-%H%M%S"))
+    if "SLURM_JOB_ID" in os.environ:
+        return Path("runs") / f"slurm-{os.environ['SLURM_JOB_ID']}"
+    if "RANK" in os.environ:
+        raise ConfigError("under torchrun the ranks must agree on the run's folder: add --out DIR")
+    return Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
 def _prepare(config: Any, folder: Path, resume: bool) -> None:
@@ -129,17 +130,6 @@ def _prepare(config: Any, folder: Path, resume: bool) -> None:
         os.replace(partial, existing)
     except OSError as error:
         raise ConfigError(f"the run's folder {folder} can't be written: {error.strerror}") from error
-
-
-def _wait_for(path: Path) -> None:
-    """Wait until rank 0 has prepared the folder (no process group is there yet)."""
-    import time
-
-    deadline = time.monotonic() + 600
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise ConfigError(f"rank 0 did not prepare {path} within 600 s: is the folder on storage that all nodes share?")
-        time.sleep(0.05)
 
 
 def _announced_ranks() -> int:

@@ -448,6 +448,9 @@ class Engine:
         finally:
             for module, training in modes:
                 module.training = training
+            if self._applied.sharded:
+                # FSDP2 would keep the root gathered for a backward that never comes, and not notice a load in between.
+                fsdp.reshard(self.module)
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Iterate a loader whose length may differ between ranks: yields None on a rank that is done until all are."""

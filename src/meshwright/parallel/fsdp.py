@@ -94,6 +94,11 @@ def reduce_on_last(module: nn.Module, last: bool) -> None:
     cast(FSDPModule, module).set_requires_all_reduce(last)
 
 
+def reshard(module: nn.Module) -> None:
+    """Free the parameters that a forward without backward leaves gathered."""
+    cast(FSDPModule, module).reshard()
+
+
 def attach(taken: list[Parameter]) -> None:
     """Set each entry's `gradient` to this rank's rows of the reduced one."""
     for entry in taken:
