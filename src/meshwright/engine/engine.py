@@ -356,12 +356,12 @@ class Engine:
         if finite:
             norm.scale(self.table, ratio * norm.clip_coefficient(grad_norm, self._settings.clip_grad_norm))
             optimizer.step()
-            if self._applied.buckets is not None:
-                with torch.no_grad():
-                    self._applied.buckets.publish()
+        self._clear()  # gradients make room for the gathered rows
+        if finite and self._applied.buckets is not None:
+            with torch.no_grad():
+                self._applied.buckets.publish()
         self.loss_scale.update(finite)
         self._average_batch_norms()
-        self._clear()
         self._expected = items
         rate = optimizer.torch.param_groups[0]["lr"]
         metrics = Metrics(self.steps, loss_sum / items, round(items), grad_norm, rate, not finite, scale)

@@ -21,6 +21,7 @@ path, or that have no data at all, still send the same collectives; what a rank 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,26 +32,28 @@ from meshwright import _torch
 from meshwright.parallel.parameters import Parameter, shard_rows
 from meshwright.parallel.ranks import Ranks
 
-_LARGEST_BYTES = 25 * 2**20  # torch DDP's default bucket: large enough for bandwidth, small enough to overlap
-_SMALLEST_BYTES = 2**20
-_TARGET_BUCKETS = 16  # so that under zero=2 the one full bucket in flight stays small beside the model
+_LARGEST_BYTES = 25 * 2**20  # torch DDP's default: large enough for bandwidth, small enough to overlap
+# Under zero=2 a full bucket is what a rank holds beyond its promise, so there it is to stay small beside the model.
+_ZERO2_BUCKETS = 16
+_ZERO2_SMALLEST_BYTES = 2**20
 
 
 @dataclass
 class _Bucket:
     """Parameters that travel together, as a matrix [shards, width + tail]; row r is what shard rank r keeps.
 
-    `columns` says, per entry, which (first, count) elements of every row are its own.
+    `counts` says, per entry, how many elements of every row are its own, in order; `views` are those columns of the buffer.
     """
 
     entries: list[Parameter]
-    columns: list[tuple[int, int]]
+    counts: list[int]
     width: int
     tail: int
     dtype: torch.dtype
     live_dtype: torch.dtype
     waiting: int = 0
     buffer: Tensor | None = None
+    views: Sequence[Tensor] = ()
     filled: set[int] = field(default_factory=set)
     part: Tensor | None = None  # this rank's reduced row
     kept: Tensor | None = None  # zero=2: this rank's row summed over the micro-batches so far
@@ -72,12 +75,10 @@ class Buckets:
         self.sum_group = ranks.group("dp_replicate") if stage else _world(ranks)
         self.shards = dist.get_world_size(self.shard_group) if self.shard_group else 1
         self.shard_rank = dist.get_rank(self.shard_group) if self.shard_group else 0
-        self.entries = entries
         self._storage: dict[int, Tensor] = {}
         for entry in entries:
             self._split(entry, compute_dtype)
-        self.trainable = [entry for entry in entries if entry.trainable]
-        self.buckets = self._cut([entry for entry in reversed(self.trainable) if entry.shape.numel()])
+        self.buckets = self._cut([entry for entry in reversed(entries) if entry.trainable and entry.shape.numel()])
         self._carrier = max(self.buckets, key=lambda bucket: bucket.dtype.itemsize)  # of the sums that `begin` takes
         self._carrier.tail += 2
         self.reduced = False  # whether this step's gradients have been summed over the ranks
@@ -109,7 +110,9 @@ class Buckets:
 
     def _cut(self, entries: list[Parameter]) -> list[_Bucket]:
         total = sum(entry.shape.numel() * entry.master.element_size() for entry in entries)
-        limit = min(_LARGEST_BYTES, max(_SMALLEST_BYTES, total // _TARGET_BUCKETS))
+        limit = _LARGEST_BYTES
+        if self.stage == 2:
+            limit = min(limit, max(_ZERO2_SMALLEST_BYTES, total // _ZERO2_BUCKETS))
         buckets: list[_Bucket] = []
         for entry in entries:
             dtype = torch.promote_types(entry.dtype, torch.float32)
@@ -124,7 +127,7 @@ class Buckets:
             ):
                 bucket = _Bucket([], [], 0, 0, dtype, entry.live.dtype)
                 buckets.append(bucket)
-            bucket.columns.append((bucket.width, count))
+            bucket.counts.append(count)
             bucket.entries.append(entry)
             bucket.width += count
         for bucket in buckets:
@@ -139,15 +142,20 @@ class Buckets:
         for bucket in self.buckets:
             bucket.waiting = len(bucket.entries)
 
-    def _hook(self, bucket: _Bucket, index: int):  # type: ignore[no-untyped-def]
+    def _hook(self, bucket: _Bucket, index: int) -> Callable[[Tensor], None]:
         entry = bucket.entries[index]
+        padded = self.shards > 1 and (not entry.sharded or entry.shape[0] % self.shards > 0)
 
         def collect(parameter: Tensor) -> None:
             gradient = parameter.grad
             assert gradient is not None
             parameter.grad = None
             entry.used = True
-            self._write(bucket, index, gradient)
+            if bucket.buffer is None:
+                self._allocate(bucket)
+            if gradient.is_sparse:
+                gradient = gradient.to_dense()
+            self._write(bucket, index, gradient, padded)
             bucket.waiting -= 1
             if bucket.waiting == 0 and (self._last or self.stage == 2):
                 while self._next < len(self.buckets) and self.buckets[self._next].waiting == 0:
@@ -155,40 +163,37 @@ class Buckets:
 
         return collect
 
-    def _write(self, bucket: _Bucket, index: int, gradient: Tensor) -> None:
-        """Copy (or add, from the second micro-batch on) one full gradient into its columns of the bucket."""
-        if bucket.buffer is None:
-            bucket.buffer = gradient.new_empty((self.shards, bucket.width + bucket.tail), dtype=bucket.dtype)
-            bucket.filled.clear()
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
-        pairs = self._pieces(bucket, index, gradient)
-        if index in bucket.filled:
-            for target, source in pairs:
-                target.add_(source)
-            return
-        bucket.filled.add(index)
-        if bucket.entries[index].shape[0:1].numel() % self.shards:  # the rows that pad it must count as zero
-            first, count = bucket.columns[index]
-            bucket.buffer[:, first : first + count].zero_()
-        for target, source in pairs:
-            target.copy_(source)
+    def _allocate(self, bucket: _Bucket) -> None:
+        device = bucket.entries[0].live.device
+        bucket.buffer = torch.empty(self.shards, bucket.width + bucket.tail, dtype=bucket.dtype, device=device)
+        bucket.views = bucket.buffer.split([*bucket.counts, bucket.tail], dim=1)
+        bucket.filled.clear()
 
-    def _pieces(self, bucket: _Bucket, index: int, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return (columns of the bucket, part of the gradient) pairs that together cover the gradient."""
-        assert bucket.buffer is not None
-        first, count = bucket.columns[index]
-        if self.shards == 1:
-            return [(bucket.buffer[0, first : first + count], gradient.reshape(-1))]
-        if not bucket.entries[index].sharded:
-            return [(row[first : first + count], gradient.reshape(-1)) for row in bucket.buffer]
-        whole = gradient.numel() // count  # ranks whose rows are all there
+    def _write(self, bucket: _Bucket, index: int, gradient: Tensor, padded: bool) -> None:
+        """Copy (or add, from the second micro-batch on) one full gradient into its columns [shards, count] of the bucket."""
+        columns = bucket.views[index]
+        again = index in bucket.filled
+        bucket.filled.add(index)
+        if padded:
+            if not again:
+                columns.zero_()  # the rows that pad it must count as zero
+            for target, source in self._pieces(columns, bucket.entries[index], gradient):
+                target.add_(source)
+        elif again:
+            columns.add_(gradient.reshape(columns.shape))
+        else:
+            columns.copy_(gradient.reshape(columns.shape))
+
+    def _pieces(self, columns: Tensor, entry: Parameter, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return (part of the columns, part of the gradient) pairs for a gradient that does not fill its columns evenly."""
         flat = gradient.reshape(-1)
-        pairs = [(bucket.buffer[:whole, first : first + count], flat[: whole * count].view(whole, count))]
-        rest = gradient.numel() - whole * count
-        if rest:
-            pairs.append((bucket.buffer[whole, first : first + rest], flat[whole * count :]))
-        return pairs
+        if not entry.sharded:
+            return [(columns, flat.expand(columns.shape))]  # what can't be split travels whole in every row
+        count = columns.shape[1]
+        whole = len(flat) // count  # ranks whose rows are all there
+        rest = len(flat) - whole * count
+        pairs = [(columns[:whole], flat[: whole * count].view(whole, count))]
+        return [*pairs, (columns[whole, :rest], flat[whole * count :])] if rest else pairs
 
     def _launch(self, bucket: _Bucket) -> None:
         """Send a bucket: reduce-scatter [shards, width + tail] over dp_shard, or all-reduce it over every data rank."""
@@ -196,13 +201,12 @@ class Buckets:
             self._harvest(self.buckets[self._next - 1])  # at most two full buckets live at a time
         self._next += 1
         if bucket.buffer is None:
-            device = bucket.entries[0].live.device
-            bucket.buffer = torch.zeros(self.shards, bucket.width + bucket.tail, dtype=bucket.dtype, device=device)
-        else:
-            for index in set(range(len(bucket.entries))) - bucket.filled:
-                first, count = bucket.columns[index]
-                bucket.buffer[:, first : first + count].zero_()
-        tail = bucket.buffer[:, bucket.width :]
+            self._allocate(bucket)
+        assert bucket.buffer is not None
+        for index in range(len(bucket.entries)):
+            if index not in bucket.filled:
+                bucket.views[index].zero_()
+        tail = bucket.views[-1]
         tail[:, : len(bucket.entries)] = torch.tensor([float(entry.used) for entry in bucket.entries], device=tail.device)
         if bucket is self._carrier:
             tail[:, -2:] = self._sums
@@ -222,7 +226,7 @@ class Buckets:
             bucket.work = None
         if bucket.part is None or self.stage == 1 or self.shard_group is None:
             return
-        bucket.buffer = None
+        bucket.buffer, bucket.views = None, ()
         if bucket.kept is not None:
             bucket.part[: bucket.width] += bucket.kept[: bucket.width]
         bucket.kept, bucket.part = bucket.part, None
@@ -253,15 +257,18 @@ class Buckets:
 
         The sums are the same on every rank in mode replicate only.
         """
-        tails = torch.cat([self._row(b)[b.width :].double() for b in (*self.buckets, self._carrier)]).tolist()
+        rows = [self._row(bucket).split([*bucket.counts, bucket.tail]) for bucket in self.buckets]
+        carrier = self.buckets.index(self._carrier)
+        tails = torch.cat([views[-1].double() for views in (*rows, rows[carrier])]).tolist()
         position = 0
-        for bucket in self.buckets:
-            row = self._row(bucket)
+        for bucket, views in zip(self.buckets, rows, strict=True):
             users, position = tails[position : position + bucket.tail], position + bucket.tail
-            for entry, (first, _), count in zip(bucket.entries, bucket.columns, users, strict=False):
+            for entry, view, count in zip(bucket.entries, views, users, strict=False):
                 entry.used = count > 0
-                part = row[first : first + entry.master.numel()].view(entry.master.shape)
-                entry.gradient = part.to(entry.master.dtype) if entry.used else None
+                if count:
+                    master = entry.master
+                    part = view if len(view) == master.numel() else view[: master.numel()]
+                    entry.gradient = part.view(master.shape).to(master.dtype)
         return torch.tensor(tails[-2:], dtype=torch.float64)
 
     def publish(self) -> None:
@@ -271,7 +278,7 @@ class Buckets:
             if bucket.live_dtype != bucket.entries[0].master.dtype:
                 for entry in bucket.entries:
                     entry.local(entry.live.detach()).copy_(entry.master.detach())
-            if self.shard_group is None:
+            if not any(id(entry) in self._storage for entry in bucket.entries):
                 continue
             flying.append(self._gather(bucket))
             if len(flying) == 2:
@@ -284,28 +291,29 @@ class Buckets:
         assert self.shard_group is not None
         rows = bucket.entries[0].live.new_empty((self.shards, bucket.width))
         mine = rows[self.shard_rank]
-        for entry, (first, count) in zip(bucket.entries, bucket.columns, strict=True):
-            storage = self._storage.get(id(entry))
-            if storage is not None:
-                mine[first : first + count] = storage.view(self.shards, count)[self.shard_rank]
+        pairs = self._split_rows(bucket, mine)
+        torch._foreach_copy_([view for _, view in pairs], [storage[self.shard_rank] for storage, _ in pairs])
         return bucket, rows, _torch.all_gather(rows.view(-1), mine, self.shard_group)
 
     def _scatter_out(self, bucket: _Bucket, rows: Tensor, work: dist.Work) -> None:
         work.wait()
-        for entry, (first, count) in zip(bucket.entries, bucket.columns, strict=True):
-            storage = self._storage.get(id(entry))
-            if storage is not None:
-                storage.view(self.shards, count).copy_(rows[:, first : first + count])
+        pairs = self._split_rows(bucket, rows)
+        torch._foreach_copy_([storage for storage, _ in pairs], [view for _, view in pairs])
+
+    def _split_rows(self, bucket: _Bucket, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return (live storage [shards, count], its columns of `rows`) for each entry of a bucket that is sharded."""
+        found = [
+            (self._storage.get(id(entry)), view) for entry, view in zip(bucket.entries, rows.split(bucket.counts, -1), strict=True)
+        ]
+        return [(storage.view(self.shards, -1), view) for storage, view in found if storage is not None]
 
     def clear(self) -> None:
-        """Free every gradient, and forget which parameters were used."""
+        """Free the buckets; the entries' gradients are views of them, for the caller to let go of."""
         self.reduced = False
         for bucket in self.buckets:
             bucket.buffer = bucket.part = bucket.kept = None
+            bucket.views = ()
             bucket.filled.clear()
-        for entry in self.trainable:
-            entry.live.grad = entry.gradient = None
-            entry.used = False
 
 
 def _world(ranks: Ranks) -> dist.ProcessGroup | None:

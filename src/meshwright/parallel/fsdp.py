@@ -103,7 +103,7 @@ def attach(taken: list[Parameter]) -> None:
     """Set each entry's `gradient` to this rank's rows of the reduced one."""
     for entry in taken:
         gradient = entry.live.grad
-        entry.gradient = gradient.to_local() if isinstance(gradient, DTensor) else None
+        entry.gradient = None if gradient is None else _torch.local_of(gradient)
 
 
 def _separable(units: list[str], taken: list[Parameter]) -> list[str]:

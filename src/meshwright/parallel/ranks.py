@@ -32,12 +32,11 @@ class Ranks:
     mesh: DeviceMesh | None
     data_rank: int
     data_ranks: int
+    groups: dict[str, dist.ProcessGroup]
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """Return the process group along `axis`, or None where the axis has a single rank."""
-        if self.mesh is None or self.mesh[axis].size() == 1:
-            return None
-        return self.mesh.get_group(axis)
+        return self.groups.get(axis)
 
 
 def connect(timeout_s: float = 1800.0) -> None:
@@ -92,8 +91,10 @@ def build_ranks(plan: Plan, device: torch.device | None = None) -> Ranks:
     rank = dist.get_rank() if dist.is_initialized() else 0
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    mesh = None
+    mesh, groups = None, {}
+    axes = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard}
     if world_size > 1:
-        mesh = init_device_mesh(device.type, (plan.dp_replicate, plan.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+        mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        groups = {axis: mesh.get_group(axis) for axis, degree in axes.items() if degree > 1}
     # Neighbouring ranks share a node, and sharding talks more than replicating: dp_shard is the inner axis.
-    return Ranks(rank, world_size, device, mesh, data_rank=rank, data_ranks=plan.dp_replicate * plan.dp_shard)
+    return Ranks(rank, world_size, device, mesh, rank, plan.dp_replicate * plan.dp_shard, groups)
