@@ -26,7 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for command in COMMANDS:
         subparser = command.add_parser(subparsers)
         subparser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(parsed, "inputs") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.inputs += rest  # argparse takes positional words in one run only; a user may put options between them
     try:
         code = parsed.run(parsed)
     except MeshwrightError as error:
