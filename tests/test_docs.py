@@ -54,7 +54,7 @@ def test_commands_run_in_the_order_shown(name: str, lines: list[str], tmp_path: 
     for line in lines:
         words = shlex.split(line)
         small = SMALL if words[1] == "train" else []
-        command = [sys.executable, "-m", "meshwright.cli.main", *words[1:], *small]
+        command = [sys.executable, "-m", "meshwright", *words[1:], *small]
         done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=tmp_path, env=_environment())
         assert done.returncode == 0, (line, done.stderr)
 

@@ -24,7 +24,7 @@ TINY = [
     "checkpoint.every=2",
     "log.every=1",
 ]
-COMMAND = [sys.executable, "-m", "meshwright.cli.main"]
+COMMAND = [sys.executable, "-m", "meshwright"]
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +124,7 @@ def test_it_joins_a_torchrun_launch(text: Path, single: Path, tmp_path: Path) ->
         "--standalone",
         "--nproc-per-node=2",
         "-m",
-        "meshwright.cli.main",
+        "meshwright",
         "train",
     ]
     settings = [f"data={text}", *TINY, "--plan", "ddp", "--steps", "3", "--out", str(folder)]

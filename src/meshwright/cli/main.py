@@ -42,7 +42,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 130
     sys.stdout.flush()
     raise SystemExit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""`python -m meshwright` is the `meshwright` command."""
+
+from meshwright.cli.main import main
+
+main()
