@@ -33,8 +33,8 @@ def rows(batch: Any) -> int:
 
 def split(batch: Any, parts: int) -> list[Any]:
     """Cut a batch into `parts` micro-batches of nearly equal rows, in order; None where the rows run out."""
-    if parts == 1:
-        return [batch if batch is not None and rows(batch) else None]
+    if parts == 1 or batch is None:
+        return [batch] + [None] * (parts - 1)
     total = rows(batch)
     bounds = [total * part // parts for part in range(parts + 1)]
 
@@ -44,6 +44,11 @@ def split(batch: Any, parts: int) -> list[Any]:
         return tree_map_tensors(lambda t: t[first:last] if t.dim() else t, batch)
 
     return [cut(first, last) for first, last in itertools.pairwise(bounds)]
+
+
+def plain(batch: Any) -> Any:
+    """Return a mapping of any class (a Hugging Face `BatchEncoding`, say) as a dict, and anything else as it is."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -60,7 +65,7 @@ def caller(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype | 
     tensor with itself. Floating-point inputs are cast to `dtype` where one is given.
     """
     parameters = inspect.signature(module.forward).parameters.values()
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
 
     def cast(value: Any) -> Any:
@@ -72,7 +77,12 @@ def caller(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype | 
         if isinstance(batch, Tensor):
             return forward(cast(batch))
         if isinstance(batch, Mapping):
-            return forward(**cast({key: value for key, value in batch.items() if everything or key in named}))
+            accepted = {key: value for key, value in batch.items() if everything or key in named}
+            if not accepted:
+                raise DataError(
+                    f"no entry of the batch ({', '.join(map(str, batch))}) is an argument of forward ({', '.join(named)})"
+                )
+            return forward(**cast(accepted))
         if isinstance(batch, (tuple, list)) and batch:
             return forward(cast(batch[0]))
         raise DataError(

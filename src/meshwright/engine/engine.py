@@ -21,14 +21,15 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from meshwright import _torch
 from meshwright.engine import norm, state
-from meshwright.engine.batch import caller, rows, split, to_device
+from meshwright.engine.batch import caller, plain, rows, split, to_device
 from meshwright.engine.ledger import Ledger
 from meshwright.engine.optimizer import BoundOptimizer, OptimizerFactory
-from meshwright.engine.precision import LossScale, autocast, dtype_contract
-from meshwright.errors import ConfigError, DataError, TrainingError
+from meshwright.engine.precision import LossScale, autocast, dtype_contract, match_norm_inputs
+from meshwright.errors import ConfigError, DataError, ModelError, TrainingError
 from meshwright.parallel import fsdp
 from meshwright.parallel.apply import COMPUTE_DTYPES, apply, refuse_unavailable
 from meshwright.parallel.materialise import derive_seed
@@ -93,6 +94,8 @@ def parallelize(
         raise ConfigError(f"on_nonfinite={on_nonfinite!r} is unknown: use 'stop' or 'skip'")
     if clip_grad_norm is not None and not clip_grad_norm > 0:
         raise ConfigError(f"clip_grad_norm={clip_grad_norm} must be greater than 0, or None for no clipping")
+    if isinstance(model, nn.Module) and any(isinstance(child, FSDPModule) for child in model.modules()):
+        raise ModelError("this module is already sharded by an engine or by fully_shard: build a new one")
     if not callable(model):
         raise ConfigError(f"model must be an nn.Module or a function that builds one, not a {type(model).__name__}")
     parsed = Plan.parse(plan) if isinstance(plan, str) else plan
@@ -152,6 +155,7 @@ class Engine:
         self.data_rank, self.data_ranks = self.ranks.data_rank, self.ranks.data_ranks
         self.steps = 0
         self.loss_scale = LossScale.of(plan.precision)
+        match_norm_inputs(self.module, plan.precision, self.ranks.device)
         self._call = caller(self.module, self._applied.forward, COMPUTE_DTYPES[plan.precision])
         if settings.forward_fn is not None:
             self._call = lambda batch: settings.forward_fn(self._applied.forward, batch)  # type: ignore[misc,arg-type]
@@ -160,7 +164,9 @@ class Engine:
         self._spare = example_batch
         self._expected: float | None = None
         self._micro_batches = 0
-        self._forgotten_count = 0
+        self._by_hand = False  # whether a hand-written step is under way
+        self._uncounted: int | None = None  # by hand: the items of the calls that no backward has followed yet
+        self._without_items: list[Tensor] = []
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
 
     @property
@@ -191,7 +197,8 @@ class Engine:
     def _step(self, batch: Any) -> Metrics:
         optimizer = self._optimizer()
         try:
-            parts = split(batch, self.plan.microbatches)
+            self._clear()  # whatever somebody else's backward left
+            parts = split(plain(batch), self.plan.microbatches)
             counts = [self._settings.count_fn(part) if part is not None else 0 for part in parts]
             self._expect(sum(counts))
             for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
@@ -209,8 +216,7 @@ class Engine:
                     self._keep_company(part)
             else:
                 part = to_device(part, self.ranks.device)
-                with autocast(self.plan.precision, self.ranks.device):
-                    loss = self._loss(self._call(part), part)
+                loss = self._run(lambda: self._loss(self._call(part), part))
                 self._add(loss, count)
                 self._begin(last)
                 self._differentiate(loss, count)
@@ -224,6 +230,11 @@ class Engine:
             raise ConfigError("this engine was made without loss_fn=: pass loss_fn=, or use engine(batch), engine.backward(loss)")
         return _scalar(self._settings.loss_fn(output, batch), "loss_fn returned")
 
+    def _run(self, function: Callable[[], Any]) -> Any:
+        """Run the model (and its loss) in the plan's precision, and under zero=3 inside the FSDP2 root."""
+        with autocast(self.plan.precision, self.ranks.device):
+            return function() if self._applied.root is None else self._applied.root(function)
+
     # The parts, for a hand-written loop
 
     def __call__(self, batch: Any) -> Any:
@@ -231,24 +242,52 @@ class Engine:
 
         In a hand-written loop all ranks must make the same number of calls. Accumulation is calling `backward` more than once.
         """
-        if torch.is_grad_enabled():
-            self._expect(count := int(self._settings.count_fn(batch)))
-            self._forgotten_count = count
-            self._begin(last=False, by_hand=True)
-        with autocast(self.plan.precision, self.ranks.device):
-            return self._call(to_device(batch, self.ranks.device))
+        batch = plain(batch)
+        if not torch.is_grad_enabled():
+            return self._without_backward(batch)[0]
+        if self._applied.buckets is not None and self._applied.buckets.reduced:
+            raise ConfigError("full_gradients() has summed this step's gradients over the ranks: call optimizer_step() before more")
+        if not self._by_hand:
+            self._clear()
+            self._by_hand = True
+        count = int(self._settings.count_fn(batch))
+        self._expect(count)
+        self._uncounted = count + (self._uncounted or 0)
+        output = self._run(lambda: self._call(to_device(batch, self.ranks.device)))
+        if count == 0:
+            self._without_items += [tensor for tensor in _torch.tensors_of(output) if tensor.requires_grad]
+        return output
 
     def backward(self, loss: Tensor) -> None:
-        """Differentiate a loss that is the mean over the items of the batch that the engine was last called with."""
-        self._add(_scalar(loss, "the loss is"), self._forgotten_count)
-        self._differentiate(loss, self._forgotten_count)
+        """Differentiate a loss that is the mean over the items of the batches the engine was called with since the last backward.
+
+        A batch without items adds nothing, whatever its loss is.
+        """
+        if self._uncounted is None:
+            raise ConfigError("backward(loss) follows engine(batch), one after the other: no batch has been counted for this loss")
+        count, self._uncounted = self._uncounted, None
+        self._begin(last=False, by_hand=True)
+        if count:
+            self._add(_scalar(loss, "the loss is"), count)
+            self._differentiate(loss, count)
+        elif self._applied.sharded:
+            torch.autograd.backward(self._without_items, [torch.zeros_like(tensor) for tensor in self._without_items])
+        self._without_items = []
         if self._applied.buckets is not None:
             self._applied.buckets.finish()
 
     def optimizer_step(self) -> Metrics:
         """Reduce what is left to reduce, clip, update, and free the gradients; every rank must call it."""
-        self._reduce_rest()
-        return self._update(self._optimizer())
+        try:
+            self._reduce_rest()
+            return self._update(self._optimizer())
+        except BaseException:
+            self._abandon()
+            raise
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of backwards that no update is to follow."""
+        self._clear()
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Return the gradients of the backwards since the last update, by name, whole, on the CPU of rank 0 (elsewhere empty).
@@ -278,11 +317,13 @@ class Engine:
         if self._applied.buckets is not None:
             self._applied.buckets.begin(last, self._sums)
         if self._applied.sharded and self.ranks.group("dp_replicate") is not None:
-            fsdp.reduce_on_last(self.module, last or by_hand)
+            assert self._applied.root is not None
+            fsdp.reduce_on_last(self._applied.root, last or by_hand)
 
     def _add(self, loss: Tensor, count: int) -> None:
-        self._sums[0] += loss.detach() * count
-        self._sums[1] += count
+        if count:
+            self._sums[0] += loss.detach().double() * count
+            self._sums[1] += count
 
     def _differentiate(self, loss: Tensor, count: int) -> None:
         assert self._expected is not None
@@ -298,16 +339,22 @@ class Engine:
 
     def _keep_company(self, part: Any) -> None:
         """Send the collectives of a forward and backward under zero=3 without adding to any gradient."""
-        batch = part if part is not None else self._spare
-        if batch is None:
-            raise TrainingError(f"rank {self.ranks.rank} has no batch and never had one: pass example_batch= to parallelize")
+        batch = self._stand_in(part)
         used = [entry.used for entry in self._applied.sharded]
-        with autocast(self.plan.precision, self.ranks.device):
-            output = self._call(to_device(batch, self.ranks.device))
-        differentiable = [tensor for tensor in _torch.tensors_of(output) if tensor.requires_grad]
+        output = self._run(lambda: self._call(to_device(batch, self.ranks.device)))
+        # A batch without items may make an output that is not finite, which even a gradient of zero turns into NaN.
+        tensors = [tensor for tensor in _torch.tensors_of(output) if tensor.requires_grad]
+        differentiable = [tensor for tensor in tensors if tensor.isfinite().all()] or tensors
         torch.autograd.backward(differentiable, [torch.zeros_like(tensor) for tensor in differentiable])
         for entry, before in zip(self._applied.sharded, used, strict=True):
             entry.used = before
+
+    def _stand_in(self, part: Any) -> Any:
+        """Return a batch that this rank can compute on when it has no items: one that it has seen, or the example."""
+        batch = self._spare if self._spare is not None else part
+        if batch is None:
+            raise TrainingError(f"rank {self.ranks.rank} has no batch and never had one: pass example_batch= to parallelize")
+        return batch
 
     def _collect(self) -> tuple[float, float, float]:
         """Give every entry its reduced gradient; return the sums (loss, items) over all ranks, and the gradients' norm.
@@ -321,7 +368,8 @@ class Engine:
             sums = applied.buckets.attach()
         elif not applied.sharded:
             for entry in self.table:
-                entry.gradient = entry.live.grad
+                gradient = entry.live.grad
+                entry.gradient = gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
         fsdp.attach(applied.sharded)
         share = norm.square_sum(self.table, self.plan.dp_replicate, self.data_ranks)
         if not any(entry.sharded for entry in self.table):
@@ -385,11 +433,13 @@ class Engine:
             entry.used = False
         self._sums = torch.zeros_like(self._sums)
         self._micro_batches = 0
+        self._by_hand = False
+        self._uncounted, self._without_items = None, []
 
     def _abandon(self) -> None:
         """After an exception in mid-step: drop what it left, so that the weights stand as before the step."""
-        if self._applied.sharded:
-            _torch.fsdp_reset(self.module)  # type: ignore[arg-type]
+        if self._applied.root is not None:
+            _torch.fsdp_reset(self._applied.root)  # type: ignore[arg-type]
         self._clear()
 
     @contextmanager
@@ -417,13 +467,13 @@ class Engine:
         """Return the global mean loss over every rank's batch, in evaluation mode; every rank must call it (None: no data)."""
         self._enter_call()
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
-        part = batch if rows(batch) else None
+        part = plain(batch)
         count = int(self._settings.count_fn(part)) if part is not None else 0
-        if part is not None or self._applied.sharded:
-            output, on_device = self._infer(part if part is not None else self._spare)
+        if count or self._applied.sharded:
+            output, on_device = self._infer(part if count else self._stand_in(part))
             if count:
                 with autocast(self.plan.precision, self.ranks.device):
-                    sums[0] = self._loss(output, on_device) * count
+                    sums[0] = self._loss(output, on_device).double() * count
                 sums[1] = count
         if self.ranks.mesh is not None:
             dist.all_reduce(sums)  # (loss, items) over every rank
@@ -436,21 +486,25 @@ class Engine:
     def infer(self, batch: Any) -> Any:
         """Return the model's output for a batch, in evaluation mode; every rank must call it, with its own or the same batch."""
         self._enter_call()
-        return self._infer(batch)[0]
+        return self._infer(plain(batch))[0]
 
     def _infer(self, batch: Any) -> tuple[Any, Any]:
-        on_device = to_device(batch, self.ranks.device)
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         try:
-            with autocast(self.plan.precision, self.ranks.device):
-                return self._call(on_device), on_device
+            return self._without_backward(batch)
         finally:
             for module, training in modes:
                 module.training = training
-            if self._applied.sharded:
-                # FSDP2 would keep the root gathered for a backward that never comes, and not notice a load in between.
-                fsdp.reshard(self.module)
+
+    def _without_backward(self, batch: Any) -> tuple[Any, Any]:
+        """Return the output for a batch, and the batch on the device."""
+        on_device = to_device(batch, self.ranks.device)
+        output = self._run(lambda: self._call(on_device))
+        if self._applied.root is not None:
+            # FSDP2 would keep the root gathered for a backward that never comes, and not notice an update or load in between.
+            fsdp.reshard(self._applied.root)
+        return output, on_device
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Iterate a loader whose length may differ between ranks: yields None on a rank that is done until all are."""
@@ -495,7 +549,8 @@ class Engine:
     def adopt(self, steps: int, loss_scale: dict[str, float]) -> None:
         """Go on from another run's position: what a checkpoint holds beside tensors."""
         self.steps = steps
-        self.loss_scale.value, self.loss_scale.good_steps = loss_scale["value"], int(loss_scale["good_steps"])
+        if self.loss_scale.dynamic and loss_scale["dynamic"]:  # another precision's scale says nothing about this one's
+            self.loss_scale.value, self.loss_scale.good_steps = loss_scale["value"], int(loss_scale["good_steps"])
         if self._applied.buckets is not None:
             with torch.no_grad():
                 self._applied.buckets.publish()  # the masters have changed; the live parameters follow

@@ -65,7 +65,7 @@ class BoundOptimizer:
             self._owners = _assign([entry for entry in trainable if entry.sharded], self._group.size())
         self.entries: list[Parameter] = []
         self._updated: dict[int, nn.Parameter] = {}
-        self._rebind(trainable)
+        self._rebind(trainable, [entry for entry in table if not entry.trainable])
         self.base_rates = [group["lr"] for group in self.torch.param_groups]
 
     def of(self, entry: Parameter) -> nn.Parameter | None:
@@ -76,7 +76,8 @@ class BoundOptimizer:
         """Return whether one rank updates the whole of a sharded entry."""
         return id(entry) in self._owners
 
-    def _rebind(self, trainable: list[Parameter]) -> None:
+    def _rebind(self, trainable: list[Parameter], frozen: list[Parameter]) -> None:
+        never = {id(tensor) for entry in frozen for tensor in (entry.original(), entry.live)}
         known: dict[int, Parameter] = {}
         for entry in trainable:
             for tensor in (entry.original(), entry.live, entry.master):
@@ -86,6 +87,8 @@ class BoundOptimizer:
         for group in self.torch.param_groups:
             entries = []
             for parameter in group["params"]:
+                if id(parameter) in never:
+                    continue  # AdamW(model.parameters()) of a model that is partly frozen
                 if id(parameter) not in known:
                     shape = list(parameter.shape)
                     raise ConfigError(

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from meshwright.parallel.apply import COMPUTE_DTYPES
 from meshwright.parallel.parameters import Parameter
+
+_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
 
 
 @dataclass(frozen=True)
@@ -49,12 +63,31 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     """Return the context in which the model and the loss run: autocast for 16-bit plans, nothing for fp32.
 
     Parameters are in the 16-bit dtype already; autocast makes mixed operands (a float32 rotary table against bfloat16 queries)
-    meet in it too, and keeps norms and losses in float32.
+    meet in it too, and keeps losses (on CUDA also norms) in float32.
     """
     dtype = COMPUTE_DTYPES[precision]
     if dtype is None:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+
+
+def match_norm_inputs(module: nn.Module, precision: str, device: torch.device) -> None:
+    """Let norm layers take inputs of another dtype than their weights under a 16-bit plan on the CPU.
+
+    There autocast leaves norms alone, and they refuse mixed dtypes; on CUDA it runs them in float32 itself.
+    """
+    if COMPUTE_DTYPES[precision] is None or device.type != "cpu":
+        return
+
+    def match(norm: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        weight = getattr(norm, "weight", None)
+        if weight is None or not arguments or not isinstance(arguments[0], torch.Tensor):
+            return arguments
+        return (arguments[0].to(weight.dtype), *arguments[1:])
+
+    for child in module.modules():
+        if isinstance(child, _NORMS):
+            child.register_forward_pre_hook(match)
 
 
 @dataclass

@@ -34,14 +34,16 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class Applied:
     """A module made parallel: what the engine drives.
 
-    `sharded` are the entries that FSDP2 holds, `buckets` reduces the others (None where one rank trains in its own dtype, and
-    autograd's gradients are used as they are). `batch_norms` are the statistics that are averaged over ranks after each step.
+    `sharded` are the entries that FSDP2 holds; then everything that touches parameters runs inside `root`. `buckets` reduces the
+    others (None where one rank trains in its own dtype, and autograd's gradients are used as they are). `batch_norms` are the
+    statistics that are averaged over ranks after each step.
     """
 
     module: nn.Module
     forward: Callable[..., object]
     table: list[Parameter]
     sharded: list[Parameter]
+    root: fsdp.Root | None
     buckets: Buckets | None
     batch_norms: list[Tensor] = field(default_factory=list)
 
@@ -64,15 +66,19 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     if recording is None:
         module.to(ranks.device)
         _copy_from_rank_zero(module, ranks)
+    if ranks.world_size > 1 or compute_dtype is not None:
+        for entry in table:
+            _make_plain(entry)
+    root: fsdp.Root | None = None
     sharded: list[Parameter] = []
     if plan.dp_shard > 1 and plan.zero == 3:
-        sharded = fsdp.shard(module, block_names(module), table, ranks, compute_dtype)
+        root, sharded = fsdp.shard(module, block_names(module), table, ranks, compute_dtype)
     if recording is not None:
-        module.to_empty(device=ranks.device)
+        (root or module).to_empty(device=ranks.device)
         rebind(module, table)
         values.fill(module, table)
-    if sharded:
-        fsdp.bind(module, sharded)
+    if root is not None:
+        fsdp.bind(root, sharded)
     left = [entry for entry in table if entry.shape.numel() and not any(entry is taken for taken in sharded)]
     buckets = None
     if ranks.world_size > 1 or compute_dtype is not None:
@@ -81,7 +87,14 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     forward: Callable[..., object] = module
     if plan.data_parallel and torch.cuda.device_count() > 1:
         forward = nn.DataParallel(module)
-    return Applied(module, forward, table, sharded, buckets, _batch_norm_statistics(module, ranks))
+    return Applied(module, forward, table, sharded, root, buckets, _batch_norm_statistics(module, ranks))
+
+
+def _make_plain(entry: Parameter) -> None:
+    """Give a parameter row-major memory and no gradient: flat buckets, rows and fused optimizers all count on it."""
+    entry.live.grad = None
+    if not entry.live.is_contiguous():
+        entry.live.data = entry.live.data.contiguous()
 
 
 def refuse_unavailable(plan: Plan) -> None:
@@ -135,13 +148,14 @@ def _copy_from_rank_zero(module: nn.Module, ranks: Ranks) -> None:
     """Broadcast every parameter and buffer from rank 0: ranks that were seeded differently still start equal."""
     if ranks.mesh is None:
         return
-    tensors = [tensor.detach() for tensor in (*module.parameters(), *module.buffers()) if tensor.numel()]
-    sent = [tensor.contiguous() for tensor in tensors]
-    for work in [dist.broadcast(tensor, 0, async_op=True) for tensor in sent]:
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.numel()]
+    sent = [tensor.detach().contiguous() for tensor in tensors]
+    # As bytes: gloo does not know every dtype.
+    for work in [dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0, async_op=True) for tensor in sent]:
         work.wait()
     for tensor, received in zip(tensors, sent, strict=True):
-        if received is not tensor:
-            tensor.copy_(received)
+        if received.data_ptr() != tensor.data_ptr():
+            tensor.data = received
 
 
 def _batch_norm_statistics(module: nn.Module, ranks: Ranks) -> list[Tensor]:

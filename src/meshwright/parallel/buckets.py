@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright import _torch
+from meshwright.errors import ModelError
 from meshwright.parallel.parameters import Parameter, shard_rows
 from meshwright.parallel.ranks import Ranks
 
@@ -36,6 +37,7 @@ _LARGEST_BYTES = 25 * 2**20  # torch DDP's default: large enough for bandwidth, 
 # Under zero=2 a full bucket is what a rank holds beyond its promise, so there it is to stay small beside the model.
 _ZERO2_BUCKETS = 16
 _ZERO2_SMALLEST_BYTES = 2**20
+_DIGIT = 4096
 
 
 @dataclass
@@ -51,7 +53,7 @@ class _Bucket:
     tail: int
     dtype: torch.dtype
     live_dtype: torch.dtype
-    waiting: int = 0
+    waiting: set[int] = field(default_factory=set)  # entries that this backward has not reached yet
     buffer: Tensor | None = None
     views: Sequence[Tensor] = ()
     filled: set[int] = field(default_factory=set)
@@ -80,8 +82,13 @@ class Buckets:
             self._split(entry, compute_dtype)
         self.buckets = self._cut([entry for entry in reversed(entries) if entry.trainable and entry.shape.numel()])
         self._carrier = max(self.buckets, key=lambda bucket: bucket.dtype.itemsize)  # of the sums that `begin` takes
-        self._carrier.tail += 2
+        self._carrier.tail += 3
         self.reduced = False  # whether this step's gradients have been summed over the ranks
+        self._open = False  # whether the backward that runs is one of ours
+        # A module under reentrant checkpointing that is called twice gets its gradients in two goes: the first step waits for the
+        # end of its backward, and learns whether buckets may leave earlier. zero=2 can't wait without holding all gradients.
+        self._early = stage == 2
+        self._twice = False
         self._last = True
         self._next = 0
         self._sums = torch.zeros(2)
@@ -137,31 +144,44 @@ class Buckets:
     # During the backward
 
     def begin(self, last: bool, sums: Tensor) -> None:
-        """Prepare for one backward; `last` says it is the step's last, whose `sums` [2] travel in a tail."""
-        self._last, self._next, self._sums = last, 0, sums
+        """Prepare for one backward; `last` says it is the step's last, whose `sums` [2] (loss, items) travel in a tail."""
+        self._open, self._last, self._next, self._sums = True, last, 0, sums
         for bucket in self.buckets:
-            bucket.waiting = len(bucket.entries)
+            bucket.waiting = set(range(len(bucket.entries)))
 
     def _hook(self, bucket: _Bucket, index: int) -> Callable[[Tensor], None]:
         entry = bucket.entries[index]
         padded = self.shards > 1 and (not entry.sharded or entry.shape[0] % self.shards > 0)
 
         def collect(parameter: Tensor) -> None:
+            if not self._open:
+                return  # somebody else's backward, through a loss of another model
             gradient = parameter.grad
             assert gradient is not None
             parameter.grad = None
+            if index not in bucket.waiting:
+                self._again(bucket, entry)
             entry.used = True
             if bucket.buffer is None:
                 self._allocate(bucket)
             if gradient.is_sparse:
                 gradient = gradient.to_dense()
             self._write(bucket, index, gradient, padded)
-            bucket.waiting -= 1
-            if bucket.waiting == 0 and (self._last or self.stage == 2):
-                while self._next < len(self.buckets) and self.buckets[self._next].waiting == 0:
+            bucket.waiting.discard(index)
+            if not bucket.waiting and self._early and (self._last or self.stage == 2):
+                while self._next < len(self.buckets) and not self.buckets[self._next].waiting:
                     self._launch(self.buckets[self._next])
 
         return collect
+
+    def _again(self, bucket: _Bucket, entry: Parameter) -> None:
+        """Take note that a parameter got a second gradient in one backward, while it can still be added."""
+        self._twice = True
+        if self.buckets.index(bucket) < self._next:
+            raise ModelError(
+                f"{entry.name} got a gradient after its bucket had left, as under reentrant activation checkpointing of a module "
+                "that is called twice: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
 
     def _allocate(self, bucket: _Bucket) -> None:
         device = bucket.entries[0].live.device
@@ -209,7 +229,9 @@ class Buckets:
         tail = bucket.views[-1]
         tail[:, : len(bucket.entries)] = torch.tensor([float(entry.used) for entry in bucket.entries], device=tail.device)
         if bucket is self._carrier:
-            tail[:, -2:] = self._sums
+            loss, items = self._sums.unbind()
+            # A count in two digits: float32 holds neither of them inexactly, for up to 4,096 ranks.
+            tail[:, -3:] = torch.stack([loss, items // _DIGIT, items % _DIGIT])
         if self.shard_group is not None:
             row = bucket.buffer[self.shard_rank]
             bucket.part = row if self.stage == 1 else torch.empty_like(row)
@@ -233,8 +255,10 @@ class Buckets:
 
     def finish(self) -> None:
         """End one backward: send what is left, with zeros for what this rank did not compute, and wait for all of it."""
+        self._open = False
         if not (self._last or self.stage == 2):
             return
+        self._early = not self._twice
         while self._next < len(self.buckets):
             self._launch(self.buckets[self._next])
         for bucket in self.buckets:
@@ -269,7 +293,8 @@ class Buckets:
                     master = entry.master
                     part = view if len(view) == master.numel() else view[: master.numel()]
                     entry.gradient = part.view(master.shape).to(master.dtype)
-        return torch.tensor(tails[-2:], dtype=torch.float64)
+        loss, high, low = tails[-3:]
+        return torch.tensor([loss, high * _DIGIT + low], dtype=torch.float64)
 
     def publish(self) -> None:
         """Bring the live parameters up to date with the updated masters. Every rank must call it."""
@@ -309,7 +334,7 @@ class Buckets:
 
     def clear(self) -> None:
         """Free the buckets; the entries' gradients are views of them, for the caller to let go of."""
-        self.reduced = False
+        self.reduced = self._open = False
         for bucket in self.buckets:
             bucket.buffer = bucket.part = bucket.kept = None
             bucket.views = ()

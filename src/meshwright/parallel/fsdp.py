@@ -10,8 +10,9 @@ Communication per step: each block is all-gathered twice (forward, backward) and
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,22 @@ from torch.distributed.tensor import DTensor
 from meshwright import _torch
 from meshwright.parallel.parameters import Parameter, rebind, shard_rows
 from meshwright.parallel.ranks import Ranks
+
+
+class Root(nn.Module):
+    """What FSDP2 sees as the outermost module: runs a function in its forward.
+
+    So the parameters that belong to no block are there for whatever the function does with the model (its forward, another
+    method, the loss), and the hooks that start the backward hang on the tensors that it returns.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        """Return what `function` returns."""
+        return function()
 
 
 def shardable(table: list[Parameter]) -> list[Parameter]:
@@ -39,8 +56,8 @@ def shard(
     table: list[Parameter],
     ranks: Ranks,
     compute_dtype: torch.dtype | None,
-) -> list[Parameter]:
-    """Shard `module` in place, one FSDP2 unit per name in `units` and one for the rest; return the entries it took.
+) -> tuple[Root, list[Parameter]]:
+    """Shard `module` in place, one FSDP2 unit per name in `units` and one for the rest; return the root and the entries taken.
 
     Their `live` becomes a DTensor sharded on dim 0. A unit that shares a parameter with the world outside it is
     left to the root, since FSDP2 lets only one unit own a parameter. Every rank must call it.
@@ -54,19 +71,20 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=_reduce_dtype(taken), cast_forward_inputs=False)
     for name in _separable(units, taken):
         fully_shard(module.get_submodule(name), mesh=mesh, mp_policy=policy, ignored_params=ignored)
-    root = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
-    for unit in module.modules():
+    root = Root(module)
+    fully_shard(root, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+    for unit in root.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)  # losses are weighted by item count beforehand: gradients are summed
             unit.set_force_sum_reduction_for_comms(True)
-    _torch.fsdp_reduce_unused(root)
+    _torch.fsdp_reduce_unused(cast(FSDPModule, root))
     rebind(module, taken)
     for entry in taken:
         entry.rows = shard_rows(entry.shape[0], ranks.mesh["dp_shard"].size(), ranks.mesh.get_local_rank("dp_shard"))
-    return taken
+    return root, taken
 
 
-def bind(module: nn.Module, taken: list[Parameter]) -> None:
+def bind(root: Root, taken: list[Parameter]) -> None:
     """Give the entries their masters (this rank's rows, sharing memory with the DTensors), and learn of each one's use.
 
     For after the shards have got their memory. `used` is set whenever a backward accumulates into the parameter. Every rank
@@ -76,7 +94,7 @@ def bind(module: nn.Module, taken: list[Parameter]) -> None:
         assert isinstance(entry.live, DTensor)
         entry.master = nn.Parameter(entry.live.to_local().detach(), requires_grad=entry.trainable)
     by_live = {id(entry.live): entry for entry in taken}
-    for sharded, unsharded in _torch.fsdp_unsharded_parameters(module):
+    for sharded, unsharded in _torch.fsdp_unsharded_parameters(root):
         entry = by_live[id(sharded)]
         if entry.trainable:
             unsharded.register_post_accumulate_grad_hook(partial(_mark, entry))
@@ -86,17 +104,17 @@ def _mark(entry: Parameter, _: Tensor) -> None:
     entry.used = True
 
 
-def reduce_on_last(module: nn.Module, last: bool) -> None:
+def reduce_on_last(root: Root, last: bool) -> None:
     """Say whether the coming backward is the step's last: only then are shards all-reduced over `dp_replicate`.
 
     The reduce-scatter over `dp_shard` runs in every backward, so that no rank ever keeps full gradients.
     """
-    cast(FSDPModule, module).set_requires_all_reduce(last)
+    cast(FSDPModule, root).set_requires_all_reduce(last)
 
 
-def reshard(module: nn.Module) -> None:
+def reshard(root: Root) -> None:
     """Free the parameters that a forward without backward leaves gathered."""
-    cast(FSDPModule, module).reshard()
+    cast(FSDPModule, root).reshard()
 
 
 def attach(taken: list[Parameter]) -> None:

@@ -23,7 +23,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16", "fp16", "fp8"),
     "schedule": ("1f1b", "gpipe", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev", "layerwise"),
 }
-_OFFLOAD = re.compile(r"(optimizer|params|activations):(cpu|nvme=.+)")
+_OFFLOAD = re.compile(r"(optimizer|params|activations):(cpu|nvme=\S+)")
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Raise `PlanError` for a value that no number of ranks could make legal."""
+        for field in dataclasses.fields(self):
+            if type(getattr(self, field.name)).__name__ != field.type:
+                raise PlanError(f"{field.name}={getattr(self, field.name)!r} must be of type {field.type}")
         for name in (*_DEGREES, "virtual", "microbatches"):
             value = getattr(self, name)
-            least = AUTO if name in _DEGREES else 1
-            if type(value) is not int or value < least:
+            least = AUTO if name in _DEGREES and name != "ep" else 1
+            if value < least:
                 raise PlanError(f"{name}={value} is not a count of at least 1")
         if self.zero not in (1, 2, 3):
             raise PlanError(f"zero={self.zero} is not a ZeRO stage: 1, 2 or 3 (for no sharding use dp_replicate, not dp_shard)")
@@ -83,12 +86,12 @@ class Plan:
         With `world_size` the plan is also resolved for that many ranks. Raises `PlanError` in one sentence.
         """
         values: dict[str, Any] = {}
-        for item in text.split():
-            if "=" not in item:
-                values |= _named(item)
-                continue
-            key, _, value = item.partition("=")
-            values[key] = _value(key, value)
+        for item in re.sub(r"\s*=\s*", "=", text).split():
+            key, equals, value = item.partition("=")
+            given = {key: _value(key, value)} if equals else _named(item)
+            for name in values.keys() & given.keys():
+                raise PlanError(f"{name} is given twice in {text!r}: {item!r} contradicts what stands before it")
+            values |= given
         plan = cls(**values)
         return plan if world_size is None else plan.resolve(world_size)
 
@@ -160,7 +163,7 @@ def _factors(ranks: int, axes: int) -> list[int]:
 def _named(name: str) -> dict[str, Any]:
     if name in _DATA_PARALLEL:
         return _DATA_PARALLEL[name]
-    near = difflib.get_close_matches(name, NAMED_PLANS, n=1, cutoff=0.0)[0]
+    near = difflib.get_close_matches(name.lower(), NAMED_PLANS, n=1, cutoff=0.0)[0]
     raise PlanError(f"unknown plan {name!r}: the nearest is {near!r} (one of {', '.join(NAMED_PLANS)}, or field=value items)")
 
 
@@ -174,10 +177,10 @@ def _value(key: str, text: str) -> int | bool | str:
             raise PlanError(f"{key}={text} is neither on nor off")
         return text == "on"
     if kinds[key] == "int":
-        if text == "auto" and key in _DEGREES:
+        if text == "auto" and key in _DEGREES and key != "ep":
             return AUTO
-        if not text.isascii() or not text.isdigit() or int(text) < 1:
-            raise PlanError(f"{key}={text} is not a whole number of at least 1")
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
+            raise PlanError(f"{key}={text[:20]} is not a whole number of at least 1")
         return int(text)
     return text
 

@@ -157,13 +157,15 @@ def _apply_setting(tables: dict[str, Any], setting: str) -> None:
     kinds = get_type_hints(Config)
     if table not in kinds:
         raise ConfigError(f"the configuration has no table [{table}]: the nearest is [{_nearest(table, kinds)}]")
+    if not isinstance(tables.setdefault(table, {}), dict):
+        raise ConfigError(f"[{table}] must be a table, not {tables[table]!r}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = {"on": True, "off": False}.get(text, text)
     if get_type_hints(kinds[table]).get(key) is str:
         value = text
-    tables.setdefault(table, {})[key] = value
+    tables[table][key] = value
 
 
 def _table(kind: Any, name: str, values: dict[str, Any]) -> Any:
@@ -210,6 +212,8 @@ def _check(config: Config) -> None:
     for where, value in {"checkpoint.every": config.checkpoint.every, "train.eval_every": config.train.eval_every}.items():
         if value < 0:
             raise ConfigError(f"{where}={value} must be at least 0, where 0 means only at the end")
+    if not 0 <= config.train.seed < 2**63:
+        raise ConfigError(f"train.seed={config.train.seed} must lie between 0 and 2^63 - 1")
     if not 0 < config.data.validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction={config.data.validation_fraction} must lie between 0 and 1")
     for where, text, choices in (

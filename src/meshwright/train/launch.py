@@ -81,7 +81,7 @@ def start_ranks(ranks: int, command: list[str]) -> int:
 
     On failure prints the first failing rank's error, with its rank, in one line on stderr. Ctrl-C ends all ranks at once.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # this process only waits; what torch's agent would log, it says in one line
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
     with tempfile.TemporaryDirectory(prefix="meshwright-") as folder:
