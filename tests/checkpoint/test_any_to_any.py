@@ -120,3 +120,94 @@ def test_an_incomplete_folder_is_never_the_latest_and_is_cleaned_up(tmp_path: Pa
     assert not (tmp_path / "step-10").exists()
     assert not (tmp_path / "step-50.partial").exists()
     assert latest(tmp_path) == tmp_path / "step-30"
+
+
+class Counting(torch.optim.Optimizer):
+    """A user's optimizer whose states are a Python number and a tensor of another shape than its parameter."""
+
+    def __init__(self, params: Any, lr: float = 0.01) -> None:
+        super().__init__(params, {"lr": torch.tensor(lr)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                state["count"] = state.get("count", 0) + 1
+                mean = parameter.grad.reshape(-1, parameter.shape[-1]).mean(0)
+                state["means"] = mean + state.get("means", 0.0)
+                parameter.sub_((state["means"] / state["count"]).to(parameter.dtype), alpha=float(group["lr"]))
+
+
+def custom(plan: str, folder: str, resume: bool) -> dict[str, torch.Tensor]:
+    case = zoo.CASES["gpt"]
+    engine = mw.parallelize(zoo.build("gpt"), plan, optimizer=Counting, loss_fn=case.loss)
+    if resume:
+        engine.load(folder)
+    else:
+        for step in range(2):
+            engine.step(parity.share(case.batch(step, 8), engine.data_rank, engine.data_ranks))
+        engine.save(folder)
+    engine.step(parity.share(case.batch(2, 8), engine.data_rank, engine.data_ranks))
+    return engine.full_state_dict()
+
+
+@pytest.mark.parametrize(("before", "after"), [("single", "zero3"), ("zero2", "single"), ("zero3", "ddp")])
+def test_a_users_own_optimizer_travels_with_its_numbers(before: str, after: str, tmp_path: Path) -> None:
+    expected = ranks.run(PLANS[before], custom, before, str(tmp_path / "c"), False)[0]
+    found = ranks.run(PLANS[after], custom, after, str(tmp_path / "c"), True)[0]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+def save_badly(folder: str) -> list[str]:
+    engine = mw.parallelize(zoo.build("gpt"), "ddp", optimizer=parity.adamw)
+    messages = []
+    for path, extra in (("results", {}), ("new", {("a", 1): 2}), ("/", {})):
+        try:
+            engine.save(Path(folder) / path, extra)
+        except mw.CheckpointError as error:
+            messages.append(str(error))
+    (Path(folder) / "fine.old.partial").mkdir(exist_ok=True)
+    engine.save(Path(folder) / "fine")
+    engine.save(Path(folder) / "fine")
+    return messages
+
+
+def test_a_save_that_cannot_be_is_refused_by_every_rank_and_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "thesis.txt").write_text("years of work")
+    for messages in ranks.run(2, save_badly, str(tmp_path), limit_s=60):
+        assert len(messages) == 3
+    assert (tmp_path / "results" / "thesis.txt").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fine", "results"]
+
+
+def load_damaged(folder: str) -> list[str]:
+    engine = _engine("single")
+    messages = []
+    for path in sorted(Path(folder).iterdir()):
+        try:
+            engine.load(path)
+        except mw.CheckpointError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    import shutil
+
+    ranks.run(1, through, "single", str(tmp_path / "good"))
+    bad = tmp_path / "bad"
+    for name in ("list", "metadata", "shard", "state"):
+        shutil.copytree(tmp_path / "good" / "half", bad / name)
+    (bad / "list" / "state.json").write_text("[]")
+    (bad / "state" / "state.json").write_text("{")
+    (bad / "metadata" / "tensors" / ".metadata").write_bytes(b"garbage")
+    for file in (bad / "shard" / "tensors").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:200])
+    messages = ranks.run(1, load_damaged, str(bad))[0]
+    assert len(messages) == 4
+    assert all("\n" not in message for message in messages)

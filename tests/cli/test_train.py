@@ -198,6 +198,18 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(text: Path, single: Path) 
     assert (single / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize("setting", ["data.global_batch=16", "model.spec=gpt-tiny", "data.sequence_length=8", "train.seed=3"])
+def test_a_resumed_run_stays_the_same_run(text: Path, single: Path, setting: str, capfd: pytest.CaptureFixture[str]) -> None:
+    from meshwright.cli.main import main
+
+    before = (single / "plan.toml").read_text()
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--resume", "--out", str(single), setting])
+    assert ended.value.code == 2
+    assert "a resumed run keeps" in capfd.readouterr().err
+    assert (single / "plan.toml").read_text() == before
+
+
 def _ranks_of(folder: Path) -> list[int]:
     """Processes whose command line names the run's folder."""
     found = []

@@ -22,29 +22,45 @@ if TYPE_CHECKING:
 def load(engine: Engine, path: Path) -> dict[str, Any]:
     """Load the checkpoint folder `path` into `engine`; every rank must call it. Returns the `extra` that was saved.
 
-    Raises `CheckpointError` if it is missing, incomplete, or of another model, before anything is changed.
+    Raises `CheckpointError` if it is missing, incomplete, or of another model or optimizer, before anything is changed; and if
+    its tensors turn out to be damaged while they are read.
     """
-    try:
-        state = json.loads((path / STATE).read_text())
-        reader = dcp.FileSystemReader(path / "tensors")
-        entries = reader.read_metadata().state_dict_metadata
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a complete checkpoint: {STATE} or its tensors are missing") from error
-    saved = {
-        name: (entry.size, entry.properties.dtype) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
-    }
+    state, reader, saved = _read(path)
     tensors = model_tensors(engine)
     _compare(path, {name: tensor.shape for name, tensor in tensors.items()}, {n: s for n, (s, _) in saved.items()})
-    if engine.bound is not None and state["optimizer"]["class"]:
-        _restore_groups(engine, path, state["optimizer"])
-        tensors |= empty_optimizer_states(engine, {n: v for n, v in saved.items() if n.startswith("optimizer.")})
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch warns that a single process loads alone
-        dcp.load(tensors, storage_reader=reader, no_dist=engine.ranks.mesh is None)
+    with_optimizer = engine.bound is not None and state["optimizer"]["class"] is not None
+    if with_optimizer:
+        _compare_groups(engine, path, state["optimizer"])
+        tensors |= empty_optimizer_states(engine, saved, state["optimizer"]["numbers"])
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # torch warns that a single process loads alone
+            dcp.load(tensors, storage_reader=reader, no_dist=engine.ranks.mesh is None)
+    except (OSError, RuntimeError, ValueError, dcp.CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CheckpointError(f"{path} is damaged, and this engine's state is now undefined: {reason}") from error
+    if with_optimizer:
+        _restore_groups(engine, state["optimizer"]["groups"])
     engine.adopt(state["steps"], state["loss_scale"])
     extra = state["extra"]
     assert isinstance(extra, dict)
     return extra
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dcp.FileSystemReader, dict[str, tuple[torch.Size, torch.dtype]]]:
+    """Return a checkpoint's state, a reader of its tensors, and their shapes and dtypes by name."""
+    try:
+        state = json.loads((path / STATE).read_text())
+        reader = dcp.FileSystemReader(path / "tensors")
+        entries = reader.read_metadata().state_dict_metadata
+        if state["format"] != "meshwright-dcp-1":
+            raise ValueError(state["format"])
+    except Exception as error:  # a damaged file may raise anything
+        raise CheckpointError(f"{path} is not a complete checkpoint: {STATE} or its tensors are missing or damaged") from error
+    found = {
+        name: (entry.size, entry.properties.dtype) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
+    }
+    return state, reader, found
 
 
 def _compare(path: Path, ours: dict[str, torch.Size], saved: dict[str, torch.Size]) -> None:
@@ -60,15 +76,20 @@ def _compare(path: Path, ours: dict[str, torch.Size], saved: dict[str, torch.Siz
             )
 
 
-def _restore_groups(engine: Engine, path: Path, saved: dict[str, Any]) -> None:
-    """Give the optimizer the hyperparameters and plain numbers of the checkpoint."""
+def _compare_groups(engine: Engine, path: Path, saved: dict[str, Any]) -> None:
     optimizer = engine.optimizer
     if saved["class"] != type(optimizer).__name__ or len(saved["groups"]) != len(optimizer.param_groups):
         raise CheckpointError(
             f"{path} was saved with {saved['class']} over {len(saved['groups'])} parameter groups, "
             f"but this engine has {type(optimizer).__name__} over {len(optimizer.param_groups)}"
         )
-    for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
+
+
+def _restore_groups(engine: Engine, groups: list[dict[str, Any]]) -> None:
+    """Give the optimizer the hyperparameters of the checkpoint; one that is a tensor here stays one."""
+    for group, values in zip(engine.optimizer.param_groups, groups, strict=True):
         for key, value in values.items():
-            if key in group:
+            if isinstance(group.get(key), torch.Tensor):
+                group[key].fill_(value)
+            elif key in group:
                 group[key] = tuple(value) if isinstance(group[key], tuple) else value

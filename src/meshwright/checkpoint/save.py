@@ -13,12 +13,16 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
 from meshwright.checkpoint.folders import STATE
 from meshwright.checkpoint.tensors import model_tensors, optimizer_tensors
 from meshwright.errors import CheckpointError
+
+_NUMBERS = "numbers"
 
 if TYPE_CHECKING:
     from meshwright.engine.engine import Engine
@@ -29,53 +33,94 @@ def save(engine: Engine, path: Path, extra: dict[str, Any]) -> None:
 
     Raises `CheckpointError` on every rank if it can't be written; then `path` is as it was before.
     """
-    partial = path.with_name(path.name + ".partial")
-    tensors, numbers = optimizer_tensors(engine)
-    tensors |= model_tensors(engine)
-    leads = engine.ranks.rank == 0
-    if leads:
-        shutil.rmtree(partial, ignore_errors=True)
-    _meet(engine)
+    path = path.absolute()
+    partial = path.with_name(path.name + ".partial") if path.name else path
+    problem = ""
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        tensors, state = _contents(engine, extra)
+        if engine.ranks.rank == 0:
+            _make_room(path, partial)
+    except (OSError, TypeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    _agree(engine, path, problem)
+    try:
         writer = dcp.FileSystemWriter(partial / "tensors", sync_files=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that a single process saves alone
             dcp.save(tensors, storage_writer=writer, no_dist=engine.ranks.mesh is None)
-        if leads:
-            _finish(engine, partial, path, numbers, extra)
+        (partial / f"{_NUMBERS}-{engine.ranks.rank}.json").write_text(json.dumps(state.pop("numbers")))
     except (OSError, dcp.CheckpointException) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"the checkpoint {path} can't be written: {str(error).splitlines()[0]}") from error
-    _meet(engine)
+        problem = str(error).splitlines()[0]
+    _agree(engine, path, problem)
+    try:
+        if engine.ranks.rank == 0:
+            _finish(partial, path, state)
+    except OSError as error:
+        problem = str(error)
+    _agree(engine, path, problem)
 
 
-def _finish(engine: Engine, partial: Path, path: Path, numbers: dict[str, Any], extra: dict[str, Any]) -> None:
+def _contents(engine: Engine, extra: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors, and everything else as JSON values. Raises `TypeError` for what JSON can't hold."""
+    tensors, numbers = optimizer_tensors(engine)
+    tensors |= model_tensors(engine)
     scale = engine.loss_scale
     groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups] if engine.bound else []
     state = {
         "format": "meshwright-dcp-1",
         "plan": str(engine.plan),
         "steps": engine.steps,
-        "loss_scale": {"value": scale.value, "good_steps": scale.good_steps},
+        "loss_scale": {"value": scale.value, "good_steps": scale.good_steps, "dynamic": scale.dynamic},
         "names": {entry.name: list(entry.names) for entry in engine.table},
-        "optimizer": {"class": type(engine.optimizer).__name__ if engine.bound else None, "groups": groups, "numbers": numbers},
+        "optimizer": {"class": type(engine.optimizer).__name__ if engine.bound else None, "groups": groups},
         "extra": extra,
+        "numbers": numbers,  # of this rank's optimizer states
     }
+    # A learning rate may be a tensor; it is a number here.
+    text = json.dumps(state, default=lambda value: value.item() if isinstance(value, Tensor) else json.JSONEncoder().default(value))
+    loaded: dict[str, Any] = json.loads(text)
+    return tensors, loaded
+
+
+def _make_room(path: Path, partial: Path) -> None:
+    """Refuse to replace what is no checkpoint, and clear what an interrupted save left."""
+    if not path.name or (path.exists() and not (path / STATE).is_file() and (not path.is_dir() or any(path.iterdir()))):
+        raise ValueError("something that is no checkpoint stands there already")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(_old(path), ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(path.name + ".old.partial")
+
+
+def _finish(partial: Path, path: Path, state: dict[str, Any]) -> None:
+    """Write what makes it a checkpoint, and put it in its place."""
+    numbers: dict[str, Any] = {}
+    for part in partial.glob(f"{_NUMBERS}-*.json"):
+        numbers |= json.loads(part.read_text())
+        part.unlink()
+    state["optimizer"]["numbers"] = numbers
     with (partial / STATE).open("w") as file:
-        json.dump(state, file, default=str)
+        json.dump(state, file)
         file.flush()
         os.fsync(file.fileno())
-    old = path.with_name(path.name + ".old.partial")
     if path.exists():
-        os.replace(path, old)
+        os.replace(path, _old(path))
     os.replace(partial, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(_old(path), ignore_errors=True)
 
 
-def _meet(engine: Engine) -> None:
+def _agree(engine: Engine, path: Path, problem: str) -> None:
+    """Meet all ranks; if one of them has a problem, clean up and raise on every one."""
+    failed = torch.tensor(float(bool(problem)), device=engine.ranks.device)
     if engine.ranks.mesh is not None:
-        dist.barrier()
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)  # 4 bytes over every rank
+    if failed.item():
+        if engine.ranks.rank == 0 and path.name:
+            shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
+        raise CheckpointError(f"the checkpoint {path} can't be written: {problem or 'another rank failed'}")

@@ -57,29 +57,43 @@ def _by_rows(engine: Engine, entry: Parameter, shape: torch.Size) -> bool:
     return entry.sharded and not engine.bound.whole(entry) and len(shape) > 0 and shape == entry.master.detach().shape
 
 
-def empty_optimizer_states(engine: Engine, saved: dict[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
-    """Give this rank's optimizer a state for each saved one that it needs; return them by name, ready to be loaded into.
+def empty_optimizer_states(
+    engine: Engine, saved: dict[str, tuple[torch.Size, torch.dtype]], numbers: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Give this rank's optimizer a state for each saved one that it needs; return the tensors by name, ready to be loaded into.
 
-    `saved` is name -> (whole shape, dtype). A state of its parameter's shape is laid out as this plan lays out the parameter's
-    update; any other is whole.
+    `saved` is name -> (whole shape, dtype), `numbers` name -> value. A state of its parameter's shape is laid out as this plan
+    lays out the parameter's update; any other is whole.
     """
+    assert engine.bound is not None
+    by_parameter: dict[str, list[str]] = {}
+    for name in (*saved, *numbers):
+        if name.startswith("optimizer."):
+            by_parameter.setdefault(name.rpartition(".")[0], []).append(name)
     tensors: dict[str, Tensor] = {}
-    for entry in engine.bound.entries if engine.bound else []:
-        assert engine.bound is not None
+    for entry in engine.bound.entries:
         parameter = engine.bound.of(entry)
         if parameter is None:
             continue
-        prefix = f"optimizer.{entry.name}."
-        state = engine.bound.torch.state[parameter]
-        state.clear()
-        for name, (shape, dtype) in saved.items():
-            key = name.removeprefix(prefix)
-            if key == name or "." in key:
+        engine.bound.torch.state.pop(parameter, None)
+        for name in by_parameter.get(f"optimizer.{entry.name}", ()):
+            state, key = engine.bound.torch.state[parameter], name.rpartition(".")[2]
+            if name in numbers:
+                state[key] = numbers[name]
                 continue
-            device = engine.ranks.device if shape else torch.device("cpu")  # torch keeps step counts on the CPU
+            shape, dtype = saved[name]
             if entry.sharded and not engine.bound.whole(entry) and shape == entry.shape:
                 state[key] = torch.zeros_like(entry.master.detach(), dtype=dtype)
                 tensors[name] = _logical(engine, entry, state[key])
             else:
-                state[key] = tensors[name] = torch.zeros(shape, dtype=dtype, device=device)
+                state[key] = tensors[name] = torch.zeros(shape, dtype=dtype, device=_device_of(engine, entry, shape))
     return tensors
+
+
+def _device_of(engine: Engine, entry: Parameter, shape: torch.Size) -> torch.device:
+    """Return where torch's optimizers keep a whole state: step counts on the CPU, unless the update runs as one kernel."""
+    assert engine.bound is not None
+    parameter = engine.bound.of(entry)
+    group = next(g for g in engine.bound.torch.param_groups if any(p is parameter for p in g["params"]))
+    on_device = bool(shape) or group.get("fused") or group.get("capturable")
+    return engine.ranks.device if on_device else torch.device("cpu")

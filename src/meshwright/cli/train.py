@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from meshwright.errors import ConfigError, PlanError
+from meshwright.errors import ConfigError, DataError, PlanError
 from meshwright.plan import Plan
 
 
@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     joined = _announced_ranks()
     ranks = joined or arguments.ranks or _default_ranks()
     check(config, ranks)
+    if arguments.resume:
+        _check_resumed(config, folder)
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         _prepare(config, folder, arguments.resume)
     mode = "resume" if arguments.resume else "fresh"
@@ -113,6 +115,25 @@ def _folder(arguments: argparse.Namespace) -> Path:
     return Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
+def _check_resumed(asked: Any, folder: Path) -> None:
+    """Raise `ConfigError` if a resumed run would not be the same run: its model, and which sample comes when, must stay."""
+    from meshwright.train.config import load
+
+    before = load(folder / "plan.toml", [])
+    for table, key in (
+        ("model", "spec"),
+        ("data", "source"),
+        ("data", "sequence_length"),
+        ("data", "global_batch"),
+        ("train", "seed"),
+    ):
+        old, new = (getattr(getattr(config, table), key) for config in (before, asked))
+        if old != new:
+            raise ConfigError(
+                f"a resumed run keeps {table}.{key}={old!r}, and {new!r} was asked for: start a new run in another folder"
+            )
+
+
 def _prepare(config: Any, folder: Path, resume: bool) -> None:
     """Write the tokens and the resolved configuration into the run's folder, the configuration last."""
     from meshwright.train.data import open_samples, write_tokens
@@ -124,7 +145,11 @@ def _prepare(config: Any, folder: Path, resume: bool) -> None:
     try:
         if not (resume and tokens.exists()):
             write_tokens(config.data.source, tokens)
-        open_samples(tokens, config.data)
+        try:
+            open_samples(tokens, config.data)
+        except DataError:
+            tokens.unlink()
+            raise
         partial = folder / "plan.toml.partial"
         partial.write_text(config.to_toml())
         os.replace(partial, existing)
