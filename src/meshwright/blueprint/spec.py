@@ -16,6 +16,7 @@ from functools import cache, partial
 from importlib import resources
 from typing import Any
 
+import torch
 from torch import nn
 
 from meshwright.errors import ConfigError
@@ -31,6 +32,21 @@ class ModelSpec:
     text: str
     build: Callable[[], nn.Module]
     config: decoder.DecoderConfig | None = None
+
+    def sample(self, model: nn.Module, seq: int | None) -> tuple[Any, Callable[[Any, Any], torch.Tensor] | None]:
+        """A batch for a capture and the loss that goes with it; `seq` tokens, or as many as the model takes.
+
+        Raises `ConfigError` for a user's own callable, which alone knows what its forward takes.
+        """
+        if self.config is not None:
+            tokens = torch.zeros(2, seq or self.config.sequence, dtype=torch.int64, device="cpu")
+            return tokens, next_token_loss
+        raise ConfigError(f"model {self.text!r} needs a batch: call meshwright.inspect(module, batch)")
+
+
+def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of logits `[B, S, V]` against targets `[B, S]`, in the logits' dtype; for captures only."""
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
 @cache

@@ -1,0 +1,258 @@
+"""The tape: every ATen op that runs in a stretch of a model, the tensors between them, and the storages that autograd saves.
+
+A `Recorder` executes (see `execute.py`) and writes to the `Tape` that is current. Tensors get a number when they are
+first seen; an in-place op gives its target a new number. Turning two tapes, taken at two micro-batch sizes, into
+records is `capture.py`'s task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from meshwright._torch import next_node_number, running_node_number, storage_key, tree_flatten, tree_unflatten
+from meshwright.blueprint import costs
+from meshwright.blueprint.execute import Execution
+
+_SILENT = (
+    "prim.device",
+    "aten.detach",
+    "aten.lift_fresh",
+    "aten.is_same_size",
+    "aten._local_scalar_dense",
+    "aten.alias.",
+)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a tensor in a raw op's arguments: `tape.values[number]`."""
+
+    number: int
+
+
+@dataclass
+class Value:
+    """A tensor met on a tape. `role` is `parameter`, `buffer`, `input`, `made` or `constant` (from outside, not
+    declared).
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    storage: int
+    storage_bytes: int
+    role: str
+    name: str = ""
+    producer: int = -1
+    position: int = 0
+    needs_gradient: bool = False
+    declared: bool = False
+
+
+@dataclass
+class RawOp:
+    """One op as dispatched: `args` and `kwargs` hold `Ref`s in place of tensors."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    module: str
+    node: int
+    position: int
+    flops: int
+    read_bytes: int
+    written_bytes: int
+    matmul: tuple[int, int, int, int] | None
+    causal: bool
+
+
+@dataclass
+class RawSaved:
+    """A storage kept by autograd: the first tensor that was saved from it, and the numbers of all nodes that saved it."""
+
+    value: int
+    nodes: list[int] = field(default_factory=list)
+    bytes: int = 0
+
+
+class Tape:
+    """Ops and values of one stretch; `live_bytes` follows the storages made here while they exist, `peak_bytes` the
+    most so far.
+    """
+
+    def __init__(self) -> None:
+        self.ops: list[RawOp] = []
+        self.values: list[Value] = []
+        self.saved: dict[int, RawSaved] = {}
+        self.position = 0
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._numbers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._storages: dict[int, weakref.ref[Any]] = {}
+        self._roles: dict[int, tuple[str, str]] = {}
+
+    def declare(self, tensor: torch.Tensor, role: str, name: str) -> int:
+        """Number a tensor that exists before the tape begins; its storage is not counted as made here."""
+        self._roles.setdefault(storage_key(tensor), (role, name))
+        number = self._add(tensor, role, name, -1)
+        self.values[number].declared = True
+        return number
+
+    def same(self, tensor: torch.Tensor, source: torch.Tensor) -> None:
+        """`tensor` is `source` under another name (a detached alias): it takes the same number."""
+        self._numbers[id(tensor)] = (weakref.ref(tensor), self.number(source))
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """The number of a tensor; one never seen takes the role of its storage, or `constant`."""
+        known = self._numbers.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        key = storage_key(tensor)
+        role, name = self._roles.get(key, ("constant", ""))
+        self._follow(tensor, key)
+        return self._add(tensor, role, name, -1)
+
+    def made(self, tensor: torch.Tensor, producer: int) -> int:
+        """A new number for an op's result."""
+        key = storage_key(tensor)
+        role = "made" if key in self._storages or key not in self._roles else self._roles[key][0]
+        self._follow(tensor, key)
+        return self._add(tensor, role, "", producer)
+
+    def _add(self, tensor: torch.Tensor, role: str, name: str, producer: int) -> int:
+        storage = tensor.untyped_storage()
+        shape, strides = tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride()))
+        key, size = storage_key(tensor), int(storage.nbytes())
+        grad = tensor.requires_grad
+        self.values.append(Value(shape, strides, tensor.dtype, key, size, role, name, producer, self.position, grad))
+        self._numbers[id(tensor)] = (weakref.ref(tensor), len(self.values) - 1)
+        return len(self.values) - 1
+
+    def _follow(self, tensor: torch.Tensor, key: int) -> None:
+        """Count a new storage as alive until Python and autograd have both let go of it."""
+        if key in self._roles or key in self._storages:
+            return
+        storage = tensor.untyped_storage()
+        size = int(storage.nbytes())
+
+        def released(_: Any) -> None:
+            self.live_bytes -= size
+            self._storages.pop(key, None)
+
+        self._storages[key] = weakref.ref(storage, released)
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+
+class Digest(Tape):
+    """A tape that keeps no more than a fingerprint of the ops, their operands' shapes and their settings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def note(self, func: Any, leaves: list[Any]) -> None:
+        """Add one op; tensors are given by shape and dtype."""
+        self._hash.update(repr((str(func), leaves)).encode())
+
+    def value(self) -> str:
+        """The fingerprint so far."""
+        return self._hash.hexdigest()
+
+    @staticmethod
+    def of(tape: Tape, n_ops: int) -> str:
+        """The fingerprint of the first `n_ops` ops of a full tape."""
+        digest = Digest()
+        for op in tape.ops[:n_ops]:
+            leaves = tree_flatten((op.args, op.kwargs))[0]
+            values = [tape.values[leaf.number] if isinstance(leaf, Ref) else leaf for leaf in leaves]
+            digest.note(op.func, [(v.shape, v.dtype) if isinstance(v, Value) else v for v in values])
+        return digest.value()
+
+
+class Recorder(Execution):
+    """Executes and records. Enter it once; choose the tape with `onto(tape)`; `None` records nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tape: Tape | None = None
+        self.modules: list[str] = []
+
+    @contextlib.contextmanager
+    def onto(self, tape: Tape | None) -> Iterator[None]:
+        """Write to `tape` within the block, then to the one before."""
+        before, self.tape = self.tape, tape
+        try:
+            yield
+        finally:
+            self.tape = before
+
+    @contextlib.contextmanager
+    def watching_saved(self) -> Iterator[None]:
+        """Note on the current tape what autograd saves; meant to be entered once around everything."""
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            tape = self.tape
+            if tape is not None and not isinstance(tape, Digest):
+                number = tape.number(tensor)
+                storage = tensor.untyped_storage()
+                entry = tape.saved.setdefault(storage_key(tensor), RawSaved(number, [], int(storage.nbytes())))
+                entry.nodes.append(next_node_number() - 1)
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op and write it down."""
+        kwargs = kwargs or {}
+        result = self.run(func, args, kwargs)
+        if self.tape is None:
+            return result
+        if str(func).startswith(_SILENT):
+            if str(func).startswith("aten.detach") and not isinstance(self.tape, Digest):
+                self.tape.same(result, args[0])
+            return result
+        if isinstance(self.tape, Digest):
+            leaves = tree_flatten((args, kwargs))[0]
+            self.tape.note(func, [(tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x for x in leaves])
+        else:
+            self._write(self.tape, func, args, kwargs, result)
+        return result
+
+    def _write(self, tape: Tape, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        leaves, spec = tree_flatten((args, kwargs))
+        referred = [Ref(tape.number(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        ref_args, ref_kwargs = tree_unflatten(referred, spec)
+        made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        place = len(tape.ops)
+        outputs = tuple(tape.made(tensor, place) for tensor in made)
+        backward = running_node_number()
+        read, written = costs.traffic(func, args, kwargs, result)
+        tape.ops.append(
+            RawOp(
+                func,
+                ref_args,
+                ref_kwargs,
+                tuple(leaf.number for leaf in referred if isinstance(leaf, Ref)),
+                outputs,
+                self.modules[-1] if self.modules else "",
+                backward if backward >= 0 else next_node_number() - 1,
+                tape.position,
+                costs.flops_of(func, args, kwargs, result),
+                read,
+                written,
+                costs.matmul_shape(func, args),
+                costs.is_causal(func, args, kwargs),
+            )
+        )

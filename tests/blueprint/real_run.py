@@ -1,0 +1,112 @@
+"""What a real run on CPU does, seen with torch's own instruments only: the ops dispatched, FLOPs, and storages that
+autograd saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+SILENT = ("prim.", "aten.detach", "aten.lift_fresh", "aten.is_same_size", "aten._local_scalar_dense", "aten.alias.")
+
+
+class OpNames(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not str(func).startswith(SILENT):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def attention_forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+# FlopCounterMode knows CUDA's attention kernels only and counts the CPU's as zero: same formula, torch's own.
+CPU_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+
+
+@dataclass
+class Run:
+    forward_ops: list[str]
+    backward_ops: list[str]
+    forward_flops: int
+    backward_flops: int
+    saved_bytes: int
+    saved_without_state: int
+
+
+def measure(call: Callable[[], Any], ends: list[Tensor], state: list[Tensor]) -> Run:
+    """Run forward and backward for real; `state` are the tensors that are not counted in `saved_without_state`."""
+    saved: dict[int, tuple[Tensor, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = (tensor, storage.nbytes())
+        return tensor
+
+    names, flops = OpNames(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    with flops, names, saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call()
+    forward_ops, forward_flops = names.names, flops.get_total_flops()
+    known = {tensor.untyped_storage()._cdata for tensor in state}
+    total = sum(size for _, size in saved.values())
+    without = sum(size for key, (_, size) in saved.items() if key not in known)
+    roots = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    names, flops = OpNames(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    gradients = [torch.ones_like(root) for root in roots]
+    with flops, names:
+        torch.autograd.grad(roots, ends, gradients, allow_unused=True)
+    return Run(forward_ops, names.names, forward_flops, flops.get_total_flops(), total, without)
+
+
+def whole_model(model: nn.Module, batch: Any) -> Run:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    state = [*model.parameters(), *model.buffers(), *(x for x in tree_leaves(batch) if isinstance(x, Tensor))]
+    call = (lambda: model(**batch)) if isinstance(batch, dict) else lambda: model(batch)
+    return measure(call, parameters, state)
+
+
+def one_block(model: nn.Module, name: str, batch: Any) -> Run:
+    """Run the model until `name` is called, then that block alone on what it was given."""
+    block, given = model.get_submodule(name), []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given.append((args, kwargs))
+
+    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
+    model(**batch) if isinstance(batch, dict) else model(batch)
+    handle.remove()
+    leaves: list[Tensor] = []
+    copies: dict[int, Tensor] = {}
+
+    def fresh(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return value
+        if id(value) not in copies:
+            leaves.append(value.detach().requires_grad_())
+            copies[id(value)] = leaves[-1].clone()
+        return copies[id(value)]
+
+    args, kwargs = tree_map(fresh, given[0])
+    ends = leaves + [p for p in block.parameters() if p.requires_grad]
+    return measure(lambda: block(*args, **kwargs), ends, list(block.parameters()))

@@ -1,0 +1,41 @@
+"""What is captured is what runs: ops, FLOPs and saved bytes equal those of a real run on CPU, exactly."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from real_run import one_block, whole_model
+from zoo import CASES
+
+from meshwright.blueprint.inspection import inspect
+
+BATCH = 4
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    model, batch = CASES[request.param]()
+    with torch.device("meta"):
+        bare = copy.deepcopy(model).to("meta")
+    return model, batch, inspect(bare, batch)
+
+
+def test_whole_model(pair: Any) -> None:
+    model, batch, blueprint = pair
+    run = whole_model(model, batch)
+    assert blueprint.forward_flops(BATCH) == run.forward_flops
+    assert blueprint.backward_flops(BATCH) == run.backward_flops
+    assert blueprint.saved_bytes(BATCH) == run.saved_without_state
+
+
+def test_each_kind_of_block(pair: Any) -> None:
+    model, batch, blueprint = pair
+    for unit in blueprint.kinds:
+        run = one_block(model, unit.instances[0], batch)
+        assert [op.name for op in unit.forward] == run.forward_ops
+        assert [op.name for op in unit.backward] == run.backward_ops
+        assert unit.forward_flops.at(BATCH) == run.forward_flops
+        assert unit.backward_flops.at(BATCH) == run.backward_flops
+        assert unit.saved_bytes.at(BATCH) == run.saved_bytes
