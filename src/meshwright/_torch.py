@@ -36,6 +36,23 @@ class DispatchMode(_TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()  # type: ignore[no-untyped-call]
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True (the default) wraps each dispatch in torch._dynamo.disable, whose import alone takes more than a second.
+        return False
+
+
+class FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # as above
+    """`FakeTensorMode` without the wrapper that imports `torch._dynamo` at the first op. Tried on 2.11 to 2.13."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op on fake tensors."""
+        return self.dispatch(func, types, args, kwargs)
+
 
 def storage_key(tensor: torch.Tensor) -> int:
     """The address of a tensor's storage object: equal for views of one storage, also where no memory is behind it.

@@ -10,18 +10,32 @@ expert gets the same share.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from meshwright._torch import DispatchMode, FakeTensor, FakeTensorMode, is_in_place, tree_flatten, tree_unflatten
+from meshwright._torch import DispatchMode, FakeMode, FakeTensor, is_in_place, tree_flatten, tree_unflatten
 
 aten = torch.ops.aten
+prim_device = torch.ops.prim.device.default
 
 LARGEST_REAL = 1 << 22  # elements: 32 MiB of int64, above which values are not worth their memory
 """Integer tensors up to this many elements are computed for real."""
+
+
+def operands(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors among an ATen op's arguments, which are tensors or flat lists of them at most; in order, with
+    repetitions.
+    """
+    found = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [item for item in value if isinstance(item, torch.Tensor)]
+    return found
 
 
 class Execution(DispatchMode):
@@ -32,7 +46,7 @@ class Execution(DispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = FakeMode(allow_non_fake_inputs=True)
         self._stand_ins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def stand_in(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -50,12 +64,16 @@ class Execution(DispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an ATen op: fake if any operand is, or if it would be a large or a float tensor."""
-        leaves, spec = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if any(tensor.is_meta and not isinstance(tensor, FakeTensor) for tensor in tensors):
+        if func is prim_device and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
+        tensors = operands(args, kwargs)
+        fakes = sum(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if fakes < len(tensors) and any(t.is_meta and not isinstance(t, FakeTensor) for t in tensors):
+            leaves, spec = tree_flatten((args, kwargs))
             args, kwargs = tree_unflatten([self._from_meta(leaf) for leaf in leaves], spec)
-            tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
-        if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            tensors = operands(args, kwargs)
+            fakes = len(tensors)
+        if fakes:
             if func is aten._grouped_mm.default:
                 return self._grouped_product(*args, **kwargs)
             with self.fake:
@@ -65,7 +83,7 @@ class Execution(DispatchMode):
             return func(*args, **kwargs)
         with self.fake:
             result = func(*args, **kwargs)
-        made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        made = operands(result if isinstance(result, tuple | list) else (result,), {})
         # A float scalar may steer Python (a layer is dropped if `torch.rand([])` is small); larger floats are
         # activations.
         small = all(tensor.numel() <= LARGEST_REAL for tensor in made)
@@ -96,6 +114,27 @@ class Execution(DispatchMode):
             known = self._stand_ins[id(leaf)] = (leaf, self.stand_in(leaf))
         return known[1]
 
+
+class Blank(DispatchMode):
+    """While a model is built on meta: initialisers do nothing, since there are no values (and torch's take a second to
+    load).
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Skip an in-place random fill of a meta tensor; run everything else."""
+        if func in _FILLS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """The module that `build` makes, its parameters on meta, built in milliseconds."""
+    with torch.device("meta"), Blank():
+        return build()
+
+
+_FILLS = {aten.normal_.default, aten.uniform_.default, aten.random_.default, aten.bernoulli_.float, aten.random_.to}
+_FILLS |= {aten.exponential_.default, aten.log_normal_.default, aten.zero_.default, aten.fill_.Scalar}
 
 _CHOOSERS: dict[Any, int] = {
     aten.topk.default: 2,  # the argument that is the dim chosen along

@@ -11,6 +11,7 @@ from torch import nn
 
 from meshwright.blueprint import capture, chains
 from meshwright.blueprint.blocks import block_names, structures
+from meshwright.blueprint.execute import build_on_meta
 from meshwright.blueprint.failures import capture_error
 from meshwright.blueprint.record import Blueprint, Call, Unit
 from meshwright.blueprint.sample import ForwardFn, LossFn, batch_items
@@ -66,16 +67,14 @@ def _subject(
         model = parse_spec(model, **({"sequence": seq} if seq else {}))
     if isinstance(model, ModelSpec):
         name, sample = model.text, model.sample
-        with torch.device("meta"):
-            module = model.build()
+        module = build_on_meta(model.build)
         if batch is None:
             batch, brought = sample(module, seq)
             loss_fn = loss_fn or brought
     elif isinstance(model, nn.Module):
         name, module = type(model).__name__, model
     else:
-        with torch.device("meta"):
-            module = model()
+        module = build_on_meta(model)
         name = type(module).__name__
     if batch is None:
         raise ModelError(

@@ -10,25 +10,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from meshwright._torch import next_node_number, running_node_number, storage_key, tree_flatten, tree_unflatten
+from meshwright._torch import next_node_number, running_node_number, storage_key
 from meshwright.blueprint import costs
-from meshwright.blueprint.execute import Execution
+from meshwright.blueprint.execute import Execution, operands, prim_device
 
-_SILENT = (
-    "prim.device",
-    "aten.detach",
-    "aten.lift_fresh",
-    "aten.is_same_size",
-    "aten._local_scalar_dense",
-    "aten.alias.",
-)
+_SILENT = ("aten::detach", "aten::lift_fresh", "aten::is_same_size", "aten::_local_scalar_dense", "aten::alias")
 
 
 @dataclass(frozen=True)
@@ -174,10 +167,17 @@ class Digest(Tape):
         """The fingerprint of the first `n_ops` ops of a full tape."""
         digest = Digest()
         for op in tape.ops[:n_ops]:
-            leaves = tree_flatten((op.args, op.kwargs))[0]
-            values = [tape.values[leaf.number] if isinstance(leaf, Ref) else leaf for leaf in leaves]
-            digest.note(op.func, [(v.shape, v.dtype) if isinstance(v, Value) else v for v in values])
+            digest.note(op.func, [_described(x, tape.values) for x in (*op.args, *op.kwargs.items())])
         return digest.value()
+
+
+def _described(value: Any, values: Sequence[Value] = ()) -> Any:
+    """An argument as it enters a digest: tensors by shape and dtype."""
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape), value.dtype)
+    if isinstance(value, Ref):
+        return (values[value.number].shape, values[value.number].dtype)
+    return [_described(item, values) for item in value] if isinstance(value, list | tuple) else value
 
 
 class Recorder(Execution):
@@ -217,24 +217,31 @@ class Recorder(Execution):
         """Run one op and write it down."""
         kwargs = kwargs or {}
         result = self.run(func, args, kwargs)
-        if self.tape is None:
+        if self.tape is None or func is prim_device:
             return result
-        if str(func).startswith(_SILENT):
-            if str(func).startswith("aten.detach") and not isinstance(self.tape, Digest):
+        if func.name().startswith(_SILENT):
+            if func.name().startswith("aten::detach") and not isinstance(self.tape, Digest):
                 self.tape.same(result, args[0])
             return result
         if isinstance(self.tape, Digest):
-            leaves = tree_flatten((args, kwargs))[0]
-            self.tape.note(func, [(tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x for x in leaves])
+            self.tape.note(func, [_described(x) for x in (*args, *kwargs.items())])
         else:
             self._write(self.tape, func, args, kwargs, result)
         return result
 
     def _write(self, tape: Tape, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        leaves, spec = tree_flatten((args, kwargs))
-        referred = [Ref(tape.number(leaf)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        ref_args, ref_kwargs = tree_unflatten(referred, spec)
-        made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        numbers: list[int] = []
+
+        def refer(value: Any) -> Any:
+            """A reference in a tensor's place, in lists too."""
+            if isinstance(value, torch.Tensor):
+                numbers.append(tape.number(value))
+                return Ref(numbers[-1])
+            return [refer(item) for item in value] if isinstance(value, list | tuple) else value
+
+        ref_args = tuple(map(refer, args))
+        ref_kwargs = {key: refer(value) for key, value in kwargs.items()}
+        made = operands(result if isinstance(result, tuple | list) else (result,), {})
         place = len(tape.ops)
         outputs = tuple(tape.made(tensor, place) for tensor in made)
         backward = running_node_number()
@@ -244,7 +251,7 @@ class Recorder(Execution):
                 func,
                 ref_args,
                 ref_kwargs,
-                tuple(leaf.number for leaf in referred if isinstance(leaf, Ref)),
+                tuple(numbers),
                 outputs,
                 self.modules[-1] if self.modules else "",
                 backward if backward >= 0 else next_node_number() - 1,
