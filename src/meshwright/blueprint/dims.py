@@ -199,7 +199,7 @@ def _reduced(at: Letterer) -> OpDims | None:
     """Sums, means and the like over some dims; with no dims given, over all."""
     source = at.op.inputs[0]
     shape = at.shape(source)
-    dims = at.arg(1, "dim")
+    dims = at.arg(2 if costs.base_name(at.op.func) == "linalg_vector_norm" else 1, "dim")
     if isinstance(dims, Ref) or len(at.op.inputs) > 1:
         return None
     listed = list(range(len(shape))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)

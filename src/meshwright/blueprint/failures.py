@@ -47,7 +47,7 @@ def _reason(error: BaseException) -> str:
 def _line(error: BaseException) -> str:
     """The innermost line that is the user's own, else the innermost that is not torch's or meshwright's."""
     frames = traceback.extract_tb(error.__traceback__)
-    torch_home, own_home = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+    torch_home, own_home = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
     # What comes before the walk is the caller of `inspect`, not the model.
     began = next((place for place, frame in enumerate(frames) if frame.filename.startswith(own_home)), 0)
     inside = [frame for frame in frames[began:] if not frame.filename.startswith((torch_home, own_home, "<"))]

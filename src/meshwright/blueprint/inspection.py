@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -96,7 +98,7 @@ def _walk_twice(
     recorder = Recorder()
     subject = Subject(module, stand_in_state(module, recorder, dtype), batch, dtype, forward_fn, loss_fn)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")  # advice about the stand-in tensors is not for the user
             first = Walker(subject, recorder, blocks, SIZES[0], None).run()
             shared = _called_again(module, blocks, first)
@@ -109,6 +111,18 @@ def _walk_twice(
     except Exception as error:
         raise capture_error(error, recorder.modules[-1] if recorder.modules else "") from error
     return (first, second), blocks
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch logs a traceback for each op that fails on fake tensors; the user gets one sentence in its place."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _called_again(module: nn.Module, blocks: list[str], walk: Walk) -> list[str]:

@@ -88,6 +88,7 @@ class Tape:
         self.values: list[Value] = []
         self.saved: dict[int, RawSaved] = {}
         self.position = 0
+        self.sealed = False
         self.live_bytes = 0
         self.peak_bytes = 0
         self._numbers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
@@ -122,6 +123,10 @@ class Tape:
         self._follow(tensor, key)
         return self._add(tensor, role, "", producer)
 
+    def seal(self) -> None:
+        """The forward is over: what is saved now stays listed, though the backward lets go of it."""
+        self.sealed = True
+
     def _add(self, tensor: torch.Tensor, role: str, name: str, producer: int) -> int:
         storage = tensor.untyped_storage()
         shape, strides = tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride()))
@@ -141,6 +146,8 @@ class Tape:
         def released(_: Any) -> None:
             self.live_bytes -= size
             self._storages.pop(key, None)
+            if not self.sealed:
+                self.saved.pop(key, None)  # a part of the graph that led nowhere was dropped, and its address may come again
 
         self._storages[key] = weakref.ref(storage, released)
         self.live_bytes += size

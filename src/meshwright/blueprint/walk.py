@@ -122,6 +122,7 @@ class Walker:
             output = torch.func.functional_call(_Called(subject), self._prefixed(), (walk.batch,))
             walk.output_numbers = [walk.outside.number(tensor) for tensor in tensors_in(output)]
             walk.outside_forward_ops = len(walk.outside.ops)
+            walk.outside.seal()
             self._outside_backward(output)
         return walk
 
@@ -269,6 +270,7 @@ class Walker:
             output = forward(*args, **kwargs)
             forward_ops, forward_peak = len(tape.ops), tape.peak_bytes
             outputs = [tape.number(tensor) for tensor in tensors_in(output)]
+            tape.seal()
             tape.peak_bytes = tape.live_bytes
             self._unit_backward(module, output, leaves)
         marked = _mark_inputs(output, inputs)
