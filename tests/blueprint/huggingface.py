@@ -1,6 +1,7 @@
-"""Small Hugging Face models of every architecture that publishes a tensor-parallel plan, and what its authors wrote about it.
+"""Small Hugging Face models of every architecture with a published tensor-parallel plan, and what the plan says.
 
-Only tests and benchmarks read `_no_split_modules` and `base_model_tp_plan`; the package derives its own answer from the code.
+Only tests and benchmarks read `_no_split_modules` and `base_model_tp_plan`; the package derives its own answer from the
+code.
 """
 
 from __future__ import annotations
@@ -94,6 +95,10 @@ def build(architecture: str, batch: dict[str, torch.Tensor]) -> tuple[nn.Module,
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                with torch.device("meta"):
+                    bare, _ = _make(kind, sizes)
+                if sum(parameter.numel() for parameter in bare.parameters()) > 5e7:
+                    raise ValueError("no small sizes are known for it")
                 model, config = _make(kind, sizes)
                 model.train()(**batch)
             return model, config
@@ -112,7 +117,7 @@ def _variants(defaults: dict[str, Any]) -> list[dict[str, Any]]:
     groups = {"num_expert_group": 1, "num_group": 1, "n_group": 1, "topk_group": 1, "num_experts_per_token": 2}
     grouped = every_head | {key: value for key, value in groups.items() if key in defaults}
     alternatives = [sizes, every_head, sizes | {"rope_parameters": rope}, every_head | {"head_dim": 16}, grouped]
-    return [*alternatives, sizes | {"head_dim": 8}, plain, {"num_hidden_layers": 4}]
+    return [*alternatives, sizes | {"head_dim": 8}, plain] if "hidden_size" in sizes else [sizes]
 
 
 _BASIC = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "use_cache")
@@ -132,7 +137,9 @@ def _class_of(kind: type) -> Any:
     """The model class of a configuration that no auto class knows: the one in its own module that takes it."""
     module = importlib.import_module(kind.__module__.replace("configuration_", "modeling_"))
     classes = [c for c in vars(module).values() if isinstance(c, type) and getattr(c, "config_class", None) is kind]
-    return next(c for c in reversed(classes) if c.__module__ == module.__name__ and not c.__name__.startswith("PreTrained"))
+    return next(
+        c for c in reversed(classes) if c.__module__ == module.__name__ and not c.__name__.startswith("PreTrained")
+    )
 
 
 @dataclass
@@ -151,7 +158,9 @@ class Agreement:
 
 
 def _style(unit: Unit, path: str) -> set[str]:
-    """How a blueprint splits the module or parameter `path` of a unit: any of colwise, rowwise; empty if it is replicated."""
+    """How a blueprint splits the module or parameter `path` of a unit: any of colwise, rowwise; empty if it is
+    replicated.
+    """
     found = set()
     for region in unit.regions:
         for split, style in [(s, "colwise") for s in region.columns] + [(s, "rowwise") for s in region.rows]:
@@ -182,5 +191,7 @@ def compare(blueprint: Blueprint, model: nn.Module, config: Any) -> Agreement:
                 if wanted[style] in ours:
                     result.agree += 1
                 else:
-                    result.differences.append(f"{unit.class_name}.{path}: theirs {style}, ours {'/'.join(ours) or 'replicated'}")
+                    result.differences.append(
+                        f"{unit.class_name}.{path}: theirs {style}, ours {'/'.join(ours) or 'replicated'}"
+                    )
     return result

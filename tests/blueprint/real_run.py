@@ -38,10 +38,16 @@ def attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) ->
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
-# FlopCounterMode knows CUDA's attention kernels only and counts the CPU's as zero: same formula, torch's own.
-CPU_ATTENTION = {
+def grouped(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[-1]  # each row meets one group's matrix
+
+
+# FlopCounterMode counts CPU attention and grouped products as zero: torch's own attention formula, 2 m n k for the
+# other.
+UNCOUNTED = {
     aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    aten._grouped_mm: grouped,
 }
 
 
@@ -64,7 +70,7 @@ def measure(call: Callable[[], Any], ends: list[Tensor], state: list[Tensor]) ->
         saved[storage._cdata] = (tensor, storage.nbytes())
         return tensor
 
-    names, flops = OpNames(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    names, flops = OpNames(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     with flops, names, saved_tensors_hooks(pack, lambda tensor: tensor):
         output = call()
     forward_ops, forward_flops = names.names, flops.get_total_flops()
@@ -72,7 +78,7 @@ def measure(call: Callable[[], Any], ends: list[Tensor], state: list[Tensor]) ->
     total = sum(size for _, size in saved.values())
     without = sum(size for key, (_, size) in saved.items() if key not in known)
     roots = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    names, flops = OpNames(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    names, flops = OpNames(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     gradients = [torch.ones_like(root) for root in roots]
     with flops, names:
         torch.autograd.grad(roots, ends, gradients, allow_unused=True)

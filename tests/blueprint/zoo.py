@@ -255,6 +255,8 @@ CASES: dict[str, Case] = {
     "llama": ours("llama", kv_heads=2),
     "llama eager": ours("llama", attention="eager"),
     "mixture": ours("llama", experts=4, moe_ffn=48),
+    "stacked mixture": ours("llama", experts=4, moe_ffn=48, stacked=True, shared_experts=1, dense_layers=1),
+    "latent attention": ours("llama", head_dim=16, latent_query=24, latent_kv=16, rotary_dim=8),
     "resnet": lambda: (ResNet(), image()),
     "u-net": lambda: (UNet(), image()),
     "encoder-decoder": lambda: (EncoderDecoder(), tokens()),

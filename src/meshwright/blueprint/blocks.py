@@ -181,7 +181,9 @@ class _Tree:
         """Single layers with a weight matrix that repeat in one list: what a plain MLP or a VGG consists of."""
         found: list[str] = []
         for name, parent in module.named_modules():
-            if not isinstance(parent, _CONTAINERS):
+            # A list inside a module that has other weights too is a part of that module, not a chain of its own.
+            above = [module.get_submodule(path) for path in _ancestors(name)]
+            if not all(isinstance(place, _CONTAINERS) for place in (parent, *above)):
                 continue
             layers = [(key, child) for key, child in parent.named_children() if self._is_weight_layer(child)]
             counts = Counter(type(child) for _, child in layers)
@@ -191,3 +193,9 @@ class _Tree:
     def _is_weight_layer(self, module: nn.Module) -> bool:
         has_matrix = any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
         return has_matrix and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+def _ancestors(name: str) -> list[str]:
+    """Paths between the root and a module, both excluded: `a` and `a.b` for `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]

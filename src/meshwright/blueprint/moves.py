@@ -44,7 +44,7 @@ def whole_dim(size: int) -> Label:
 
 @dataclass
 class Effect:
-    """What follows from the labels on an op: more labels; or that partial sums arise (`closes`); or a refusal (`blocked`).
+    """What follows from the labels on an op: more labels, partial sums (`closes`), or a refusal (`blocked`).
 
     `hint` proposes how the dim at which it was refused might be cut in its place. `mixed` lists labelled dims that were
     needed whole: a caller that only follows a dim (the sequence) goes on, one that wants to shard must stop.

@@ -68,7 +68,7 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class ParameterRecord:
-    """A parameter or buffer by its name in the module it is listed under; `shared_with` names the tensor it is tied to."""
+    """A parameter or buffer by its name in its unit; `shared_with` is the tensor it is tied to, if any."""
 
     name: str
     shape: tuple[int, ...]
@@ -138,7 +138,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Split:
-    """How one dim of a tensor is cut by a region: `repeat` times the `segments`, each segment in equal contiguous chunks.
+    """How a region cuts one dim of a tensor: `repeat` times the `segments`, each in equal contiguous chunks.
 
     A plain column weight is `repeat=1, segments=(out,)`; a fused gate and up is `segments=(ffn, ffn)`; query, key and
     value fused per group is `repeat=1, segments=(heads * dim, kv * dim, kv * dim)`.
@@ -296,7 +296,7 @@ class Blueprint:
     notes: tuple[str, ...] = ()
 
     def units(self) -> list[tuple[Unit, int]]:
-        """Every unit with the number of times it runs in one forward: `rest` once, each kind as often as it is called."""
+        """Every unit with how often it runs in one forward: `rest` once, a kind as often as it is called."""
         times = [0] * len(self.kinds)
         for call in self.calls:
             times[call.kind] += 1
@@ -356,3 +356,8 @@ class Blueprint:
         except OSError as error:
             raise ConfigError(f"the blueprint {str(path)!r} can't be read: {error.strerror}") from error
         return Blueprint.from_json(text)
+
+    def __str__(self) -> str:
+        from meshwright.blueprint.show import show  # the printer knows the records, not the other way round
+
+        return show(self)

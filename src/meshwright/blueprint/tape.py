@@ -1,4 +1,4 @@
-"""The tape: every ATen op that runs in a stretch of a model, the tensors between them, and the storages that autograd saves.
+"""The tape: the ATen ops of a stretch of a model, the tensors between them, the storages that autograd saves.
 
 A `Recorder` executes (see `execute.py`) and writes to the `Tape` that is current. Tensors get a number when they are
 first seen; an in-place op gives its target a new number. Turning two tapes, taken at two micro-batch sizes, into
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class RawOp:
 
 @dataclass
 class RawSaved:
-    """A storage kept by autograd: the first tensor that was saved from it, and the numbers of all nodes that saved it."""
+    """A storage kept by autograd: the first tensor saved from it, and the numbers of all nodes that saved it."""
 
     value: int
     nodes: list[int] = field(default_factory=list)
@@ -92,13 +93,13 @@ class Tape:
         self.live_bytes = 0
         self.peak_bytes = 0
         self._numbers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
-        self._storages: dict[int, weakref.ref[Any]] = {}
-        self._roles: dict[int, tuple[str, str]] = {}
+        self._storages: dict[int, _Storage] = {}
+        self._serials = itertools.count()
 
     def declare(self, tensor: torch.Tensor, role: str, name: str) -> int:
         """Number a tensor that exists before the tape begins; its storage is not counted as made here."""
-        self._roles.setdefault(storage_key(tensor), (role, name))
-        number = self._add(tensor, role, name, -1)
+        storage = self._storage(tensor, role, name, counted=False)
+        number = self._add(tensor, storage, storage.role, name, -1)
         self.values[number].declared = True
         return number
 
@@ -111,47 +112,67 @@ class Tape:
         known = self._numbers.get(id(tensor))
         if known is not None and known[0]() is tensor:
             return known[1]
-        key = storage_key(tensor)
-        role, name = self._roles.get(key, ("constant", ""))
-        self._follow(tensor, key)
-        return self._add(tensor, role, name, -1)
+        storage = self._storage(tensor, "constant", "")
+        return self._add(tensor, storage, storage.role, storage.name, -1)
 
     def made(self, tensor: torch.Tensor, producer: int) -> int:
         """A new number for an op's result."""
-        key = storage_key(tensor)
-        role = "made" if key in self._storages or key not in self._roles else self._roles[key][0]
-        self._follow(tensor, key)
-        return self._add(tensor, role, "", producer)
+        storage = self._storage(tensor, "made", "")
+        return self._add(tensor, storage, storage.role, "", producer)
+
+    def save(self, tensor: torch.Tensor, node: int) -> None:
+        """Note that the autograd node `node` saves `tensor`."""
+        number = self.number(tensor)
+        size = int(tensor.untyped_storage().nbytes())
+        entry = self.saved.setdefault(self.values[number].storage, RawSaved(number, [], size))
+        entry.nodes.append(node)
 
     def seal(self) -> None:
         """The forward is over: what is saved now stays listed, though the backward lets go of it."""
         self.sealed = True
 
-    def _add(self, tensor: torch.Tensor, role: str, name: str, producer: int) -> int:
-        storage = tensor.untyped_storage()
+    def _add(self, tensor: torch.Tensor, storage: _Storage, role: str, name: str, producer: int) -> int:
         shape, strides = tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride()))
-        key, size = storage_key(tensor), int(storage.nbytes())
-        grad = tensor.requires_grad
-        self.values.append(Value(shape, strides, tensor.dtype, key, size, role, name, producer, self.position, grad))
-        self._numbers[id(tensor)] = (weakref.ref(tensor), len(self.values) - 1)
-        return len(self.values) - 1
+        number, grad = len(self.values), tensor.requires_grad
+        place = (producer, self.position, grad)
+        self.values.append(Value(shape, strides, tensor.dtype, storage.serial, storage.size, role, name, *place))
+        self._numbers[id(tensor)] = (weakref.ref(tensor), number)
+        return number
 
-    def _follow(self, tensor: torch.Tensor, key: int) -> None:
-        """Count a new storage as alive until Python and autograd have both let go of it."""
-        if key in self._roles or key in self._storages:
-            return
-        storage = tensor.untyped_storage()
-        size = int(storage.nbytes())
+    def _storage(self, tensor: torch.Tensor, role: str, name: str, counted: bool = True) -> _Storage:
+        """The entry of a tensor's storage; a new one is alive until Python and autograd have both let go of it."""
+        key = storage_key(tensor)
+        known = self._storages.get(key)
+        if known is not None:
+            return known
+        untyped = tensor.untyped_storage()
+        size = int(untyped.nbytes())
+        serial = next(self._serials)
 
         def released(_: Any) -> None:
-            self.live_bytes -= size
+            """Its address may come again for another storage."""
             self._storages.pop(key, None)
+            if counted:
+                self.live_bytes -= size
             if not self.sealed:
-                self.saved.pop(key, None)  # a part of the graph that led nowhere was dropped, and its address may come again
+                self.saved.pop(serial, None)  # a part of the graph that led nowhere was dropped
 
-        self._storages[key] = weakref.ref(storage, released)
-        self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        entry = self._storages[key] = _Storage(serial, size, role, name, weakref.ref(untyped, released))
+        if counted:
+            self.live_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        return entry
+
+
+@dataclass
+class _Storage:
+    """A storage that is alive: a number that is never used again, and what it was declared as."""
+
+    serial: int
+    size: int
+    role: str
+    name: str
+    alive: weakref.ref[Any]
 
 
 class Digest(Tape):
@@ -211,10 +232,7 @@ class Recorder(Execution):
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             tape = self.tape
             if tape is not None and not isinstance(tape, Digest):
-                number = tape.number(tensor)
-                storage = tensor.untyped_storage()
-                entry = tape.saved.setdefault(storage_key(tensor), RawSaved(number, [], int(storage.nbytes())))
-                entry.nodes.append(next_node_number() - 1)
+                tape.save(tensor, next_node_number() - 1)
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):

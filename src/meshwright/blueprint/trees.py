@@ -1,4 +1,4 @@
-"""Finding and replacing tensors in whatever a user's function takes or returns: dicts, tuples, dataclasses, model outputs.
+"""Finding and replacing tensors in what a user's function takes or returns: dicts, tuples, dataclasses, outputs.
 
 `torch.utils._pytree` does not look into unregistered dataclasses and is private, so this is a small own walk. Anything
 else is a leaf that is passed on as it is.
