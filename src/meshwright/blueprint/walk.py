@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from meshwright._torch import FakeTensor
 from meshwright.blueprint.blocks import structures
 from meshwright.blueprint.execute import LARGEST_REAL
+from meshwright.blueprint.indices import IndexUsed, Place, hidden, index_attributes
 from meshwright.blueprint.sample import ForwardFn, LossFn, call_arguments, resized
 from meshwright.blueprint.tape import Digest, Recorder, Tape
 from meshwright.blueprint.trees import map_tensors, signature, tensors_in
@@ -108,6 +109,8 @@ class Walker:
         self._by_settings: dict[Any, int] = {}
         self._by_digest: dict[Any, int] = {}
         self._structures: set[Any] = set()
+        self._indices = index_attributes(subject.model, blocks, self.shapes)
+        self._uses_index: set[Any] = set()
 
     def run(self) -> Walk:
         """Run forward, then the backward of what lies outside the blocks."""
@@ -203,20 +206,31 @@ class Walker:
                 self.walk.kinds.append(self._capture(module, name, forward, args, kwargs))
             return number
         shapes = signature((args, kwargs))
-        settings = (self.shapes[id(module)], module_settings(module), shapes)
-        if settings not in self._by_settings:
-            self._by_settings[settings] = self._new_kind(module, name, forward, args, kwargs, shapes)
-        return self._by_settings[settings]
-
-    def _new_kind(self, module: nn.Module, name: str, forward: Any, args: Any, kwargs: Any, shapes: Any) -> int:
+        indices = self._indices.get(name, frozenset())
         structure = (self.shapes[id(module)], shapes)
+        with_index = (structure, module_settings(module, frozenset()))
+        without = (structure, module_settings(module, indices)) if indices else with_index
+        for settings in (without, with_index):
+            if settings in self._by_settings:
+                return self._by_settings[settings]
+        if indices and without not in self._uses_index:
+            try:
+                with hidden(module, indices):
+                    self._by_settings[without] = self._new_kind(module, name, forward, args, kwargs, structure)
+                return self._by_settings[without]
+            except IndexUsed:
+                self._uses_index.add(without)
+        self._by_settings[with_index] = self._new_kind(module, name, forward, args, kwargs, structure)
+        return self._by_settings[with_index]
+
+    def _new_kind(self, module: nn.Module, name: str, forward: Any, args: Any, kwargs: Any, structure: Any) -> int:
         if structure in self._structures:
-            # Only a setting differs (an index, say): the forward alone tells whether it computes the same.
+            # Only a setting differs: the forward alone tells whether it computes the same.
             digest = self._glance(module, forward, args, kwargs)
             if (structure, digest) in self._by_digest:
                 return self._by_digest[structure, digest]
-        self._structures.add(structure)
         tape = self._capture(module, name, forward, args, kwargs)
+        self._structures.add(structure)
         self.walk.kinds.append(tape)
         self._by_digest[structure, tape.digest] = len(self.walk.kinds) - 1
         return len(self.walk.kinds) - 1
@@ -336,13 +350,15 @@ def _setting(value: Any) -> Any:
     return id(value)
 
 
-def module_settings(module: nn.Module) -> Any:
-    """What tells two modules of equal structure apart: the plain attributes of all modules inside, in order."""
+def module_settings(module: nn.Module, without: frozenset[Place]) -> Any:
+    """What tells two modules of equal structure apart: the plain attributes of all modules inside, less those
+    `without`.
+    """
     rows = []
-    for inner in module.modules():
-        own = {key: value for key, value in vars(inner).items() if key != "forward" and key not in _MACHINERY}
+    for path, inner in module.named_modules():
+        own = {k: v for k, v in vars(inner).items() if k not in _MACHINERY and (path, k) not in without}
         rows.append((type(inner), tuple((key, _setting(value)) for key, value in own.items())))
     return tuple(rows)
 
 
-_MACHINERY = frozenset(vars(nn.Module())) - {"training"}
+_MACHINERY = (frozenset(vars(nn.Module())) | {"forward"}) - {"training"}
