@@ -157,16 +157,13 @@ class Agreement:
     seconds: float = 0.0
 
 
-def _style(unit: Unit, path: str) -> set[str]:
-    """How a blueprint splits the module or parameter `path` of a unit: any of colwise, rowwise; empty if it is
+def _cut_dims(unit: Unit, path: str) -> set[int]:
+    """The dims, counted from the last, on which a blueprint cuts the module or parameter `path`; empty if it is
     replicated.
     """
-    found = set()
-    for region in unit.regions:
-        for split, style in [(s, "colwise") for s in region.columns] + [(s, "rowwise") for s in region.rows]:
-            if split.tensor == path or split.tensor.rpartition(".")[0] == path:
-                found.add(style)
-    return found
+    shapes = {parameter.name: parameter.shape for parameter in unit.parameters}
+    splits = [split for region in unit.regions for split in (*region.columns, *region.rows, *region.vectors)]
+    return {s.dim - len(shapes[s.tensor]) for s in splits if s.tensor == path or s.tensor == f"{path}.weight"}
 
 
 def compare(blueprint: Blueprint, model: nn.Module, config: Any) -> Agreement:
@@ -175,8 +172,8 @@ def compare(blueprint: Blueprint, model: nn.Module, config: Any) -> Agreement:
     result.theirs = set(getattr(model, "_no_split_modules", None) or ())
     result.ours = {unit.class_name for unit in blueprint.kinds}
     result.blocks_equal = bool(result.ours) and result.ours <= result.theirs
-    wanted = {"colwise": "colwise", "packed_colwise": "colwise", "rowwise": "rowwise", "packed_rowwise": "rowwise"}
-    wanted |= {"rowwise_split_input": "rowwise"}
+    # The library's names are about storage: colwise cuts the last dim but one, rowwise the last.
+    wanted = {"colwise": -2, "packed_colwise": -2, "rowwise": -1, "packed_rowwise": -1, "rowwise_split_input": -1}
     for pattern, style in config.base_model_tp_plan.items():
         if style not in wanted:
             continue
@@ -187,11 +184,11 @@ def compare(blueprint: Blueprint, model: nn.Module, config: Any) -> Agreement:
             paths = {p for p in paths if not p.endswith("bias")}
             for path in sorted(paths):
                 result.total += 1
-                ours = _style(unit, path.removesuffix(".weight"))
-                if wanted[style] in ours:
+                ours = _cut_dims(unit, path.removesuffix(".weight"))
+                rank = len(next(p.shape for p in unit.parameters if p.name == path))
+                if (wanted[style] if rank > 1 else -1) in ours:
                     result.agree += 1
                 else:
-                    result.differences.append(
-                        f"{unit.class_name}.{path}: theirs {style}, ours {'/'.join(ours) or 'replicated'}"
-                    )
+                    names = ", ".join(f"dim {dim}" for dim in sorted(ours)) or "replicated"
+                    result.differences.append(f"{unit.class_name}.{path}: theirs {style}, ours {names}")
     return result

@@ -382,6 +382,13 @@ def _cut(at: Letterer) -> OpDims:
     return OpDims([(source, own)], [(result, letters)], whole=set(own) - set(letters))
 
 
+def _complex(at: Letterer) -> OpDims:
+    """Pairs of numbers seen as complex ones, and back: the last dim of the real side has size two."""
+    source, result = at.op.inputs[0], at.op.outputs[0]
+    letters = at.new(max(len(at.shape(source)), len(at.shape(result))))
+    return OpDims([(source, letters[: len(at.shape(source))])], [(result, letters[: len(at.shape(result))])])
+
+
 def _nothing(at: Letterer) -> OpDims:
     return OpDims(
         [(n, at.new(len(at.shape(n)))) for n in at.op.inputs], [(n, at.new(len(at.shape(n)))) for n in at.op.outputs]
@@ -431,6 +438,7 @@ _RULES: dict[str, Callable[[Letterer], OpDims | None]] = {
     **dict.fromkeys(("unsqueeze", "stack"), _inserted),
     **dict.fromkeys(("squeeze", "select", "unbind"), _removed),
     **dict.fromkeys(("slice", "narrow", "constant_pad_nd", "repeat"), _cut),
+    **dict.fromkeys(("view_as_complex", "view_as_real"), _complex),
     "expand": _expanded,
     "_grouped_mm": _grouped_mm,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,

@@ -76,9 +76,13 @@ class Execution(DispatchMode):
         if fakes:
             if func is aten._grouped_mm.default:
                 return self._grouped_product(*args, **kwargs)
+            if func in _INDEXED:
+                args = (args[0], _without_masks(args[1]), *args[2:])
             with self.fake:
                 result = func(*args, **kwargs)
-            return _choices(func, args, kwargs, result) if func in _CHOOSERS else result
+            if func in _CHOOSERS:
+                return _choices(func, args, kwargs, result)
+            return _constant(func, args, kwargs, result) if func in _CONSTANTS else result
         if tensors and (is_in_place(func) or math.prod(tensor.numel() for tensor in tensors) <= LARGEST_REAL):
             return func(*args, **kwargs)
         with self.fake:
@@ -146,6 +150,37 @@ _CHOOSERS: dict[Any, int] = {
     aten.sort.stable: -1,
     aten.argsort.default: 1,
 }
+
+
+_INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._unsafe_index.Tensor}
+
+
+def _without_masks(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Boolean indices whose values are known, as the positions that they select: their number is a size of the result."""
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        known = isinstance(index, torch.Tensor) and not isinstance(index, FakeTensor)
+        if known and index is not None and index.dtype in (torch.bool, torch.uint8):
+            found += index.nonzero(as_tuple=True)
+        else:
+            found.append(index)
+    return found
+
+
+_CONSTANTS = {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default} | {
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+}
+
+
+def _constant(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: torch.Tensor) -> torch.Tensor:
+    """A mask or an index made in the shape of a fake tensor holds known values: it becomes real."""
+    if result.is_floating_point() or result.is_complex() or result.numel() > LARGEST_REAL:
+        return result
+    like = torch.empty(args[0].shape, dtype=args[0].dtype, device="cpu")
+    made: torch.Tensor = func(like, *args[1:], **kwargs)
+    return made
 
 
 def _choices(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
