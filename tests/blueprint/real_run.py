@@ -4,6 +4,7 @@ autograd saves.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,11 +64,20 @@ class Run:
 
 def measure(call: Callable[[], Any], ends: list[Tensor], state: list[Tensor]) -> Run:
     """Run forward and backward for real; `state` are the tensors that are not counted in `saved_without_state`."""
-    saved: dict[int, tuple[Tensor, int]] = {}
+    saved: dict[int, int] = {}
+    held: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        saved[storage._cdata] = (tensor, storage.nbytes())
+        key = storage._cdata
+
+        def released(_: Any) -> None:
+            # What a part of the graph that led nowhere had saved is freed during the forward: it is not kept for
+            # backward.
+            saved.pop(key, None)
+
+        if key not in saved:
+            saved[key], held[key] = storage.nbytes(), weakref.ref(storage, released)
         return tensor
 
     names, flops = OpNames(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
@@ -75,8 +85,8 @@ def measure(call: Callable[[], Any], ends: list[Tensor], state: list[Tensor]) ->
         output = call()
     forward_ops, forward_flops = names.names, flops.get_total_flops()
     known = {tensor.untyped_storage()._cdata for tensor in state}
-    total = sum(size for _, size in saved.values())
-    without = sum(size for key, (_, size) in saved.items() if key not in known)
+    total = sum(saved.values())
+    without = sum(size for key, size in saved.items() if key not in known)
     roots = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     names, flops = OpNames(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     gradients = [torch.ones_like(root) for root in roots]

@@ -7,8 +7,7 @@ of the second run, taken as proportional to the micro-batch, and the Blueprint s
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import nn
@@ -235,38 +234,28 @@ def _sized(findings: Findings, pair: Pair) -> tuple:  # type: ignore[type-arg]
 
 def whole_saved(walks: tuple[Walk, Walk]) -> Count:
     """Bytes that autograd keeps over the whole model, each storage once; parameters, buffers and the batch aside."""
-    totals = []
-    for walk in walks:
-        total = 0
-        outside = walk.outside
-        crossing = {outside.values[n].storage: 0 for call in walk.calls for n in (*call.inputs, *call.outputs)}
-        for call in walk.calls:
-            unit = walk.kinds[call.kind]
-            places = itertools.chain(
-                zip(unit.inputs, call.inputs, strict=False), zip(unit.outputs, call.outputs, strict=False)
-            )
-            outer = {unit.tape.values[inner].storage: outside.values[number].storage for inner, number in places}
-            for key, saved in unit.tape.saved.items():
-                value = unit.tape.values[saved.value]
-                if value.role in ("parameter", "buffer"):
-                    continue
-                if key in outer:
-                    crossing[outer[key]] = max(crossing.get(outer[key], 0), saved.bytes)
-                else:
-                    total += saved.bytes
-        for key, saved in outside.saved.items():
-            value = outside.values[saved.value]
-            if value.role in ("parameter", "buffer", "input"):
+    first, second = map(_saved_in, walks)
+    return Count(first) if first == second else Count.through((walks[0].items, first), (walks[1].items, second))
+
+
+def _saved_in(walk: Walk) -> int:
+    total, outside = 0, walk.outside
+    given = {v.storage for v in outside.values if v.role in ("parameter", "buffer", "input")}
+    crossing: dict[
+        int, int
+    ] = {}  # storages that pass between blocks, by their whole size: a block may save a view of one
+    for call in walk.calls:
+        unit = walk.kinds[call.kind]
+        places = [*zip(unit.inputs, call.inputs, strict=False), *zip(unit.outputs, call.outputs, strict=False)]
+        outer = {unit.tape.values[inner].storage: outside.values[number] for inner, number in places}
+        for key, saved in unit.tape.saved.items():
+            if unit.tape.values[saved.value].role in ("parameter", "buffer"):
                 continue
-            if key in crossing:
-                crossing[key] = max(crossing[key], saved.bytes)
+            if key in outer:
+                crossing[outer[key].storage] = outer[key].storage_bytes
             else:
                 total += saved.bytes
-        given = {v.storage for v in outside.values if v.role in ("parameter", "buffer", "input")}
-        totals.append(total + sum(size for key, size in crossing.items() if key not in given))
-    if totals[0] == totals[1]:
-        return Count(totals[0])
-    return Count.through((walks[0].items, totals[0]), (walks[1].items, totals[1]))
-
-
-Namer = Callable[[int], str]
+    for key, saved in outside.saved.items():
+        if key not in given:
+            crossing[key] = saved.bytes
+    return total + sum(size for key, size in crossing.items() if key not in given)
