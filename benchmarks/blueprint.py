@@ -93,8 +93,9 @@ def speeds() -> list[dict[str, Any]]:
             continue
         good = row["again_s"] <= row["asked_s"] and row["peak_gib"] <= row["asked_gib"]
         print(
-            f"  {row['model']:28} first {row['first_s']:5.2f} s, again {row['again_s']:5.2f} s (asked {row['asked_s']:.0f}), "
-            f"peak {row['peak_gib']:.2f} GiB (asked {row['asked_gib']}) {'ok' if good else 'MISSED'}"
+            f"  {row['model']:28} first {row['first_s']:5.2f} s, again {row['again_s']:5.2f} s "
+            f"(asked {row['asked_s']:.0f}), peak {row['peak_gib']:.2f} GiB (asked {row['asked_gib']}) "
+            f"{'ok' if good else 'MISSED'}"
         )
     return rows
 
@@ -152,30 +153,39 @@ def agreement(limit: int | None) -> list[dict[str, Any]]:
 
     import torch
     from huggingface import build, compare, planned_architectures
+    from real_run import whole_model
 
     from meshwright.blueprint.inspection import inspect
 
-    ids = torch.randint(3, 128, (2, 32))
+    torch.manual_seed(0)
+    batch = {"input_ids": torch.randint(3, 128, (4, 32)), "attention_mask": torch.ones(4, 32, dtype=torch.int64)}
     rows: list[dict[str, Any]] = []
     print("\nblocks against _no_split_modules, split weights against base_model_tp_plan")
     for architecture in planned_architectures()[:limit]:
         try:
-            model, config = build(architecture, {"input_ids": ids})
+            model, config = build(architecture, batch)
         except Exception as error:
             rows.append({"architecture": architecture, "unbuilt": f"{type(error).__name__}: {error}"[:160]})
             continue
+        run = whole_model(model, batch)
         start = time.perf_counter()
         try:
-            blueprint = inspect(model.to("meta"), {"input_ids": ids})
+            blueprint = inspect(model.to("meta"), batch)
         except Exception as error:
             rows.append({"architecture": architecture, "uncaptured": str(error)[:300]})
             print(f"  {architecture:28} not captured: {str(error)[:200]}")
             continue
         found = compare(blueprint, model, config)
         row = dataclasses.asdict(found) | {"architecture": architecture, "seconds": time.perf_counter() - start}
+        row["flops_equal"] = (run.forward_flops, run.backward_flops) == (
+            blueprint.forward_flops(4),
+            blueprint.backward_flops(4),
+        )
+        row["saved_equal"] = run.saved_without_state == blueprint.saved_bytes(4)
         rows.append(row | {"ours": sorted(found.ours), "theirs": sorted(found.theirs)})
         blocks = "blocks =" if found.blocks_equal else f"blocks {sorted(found.ours)} / {sorted(found.theirs)}"
-        print(f"  {architecture:28} {blocks}, weights {found.agree}/{found.total}")
+        exact = f"FLOPs {'=' if row['flops_equal'] else 'DIFFER'}, saved {'=' if row['saved_equal'] else 'DIFFER'}"
+        print(f"  {architecture:28} {blocks}, weights {found.agree}/{found.total}, {exact}")
         for difference in found.differences:
             print(f"      {difference}")
     captured = [row for row in rows if "agree" in row]
@@ -185,8 +195,54 @@ def agreement(limit: int | None) -> list[dict[str, Any]]:
     print(
         f"  blocks equal in {sum(row['blocks_equal'] for row in captured)}; {agree} of {total} weights split as published"
     )
+    exact = sum(row["flops_equal"] for row in captured), sum(row["saved_equal"] for row in captured)
+    print(f"  FLOPs equal a real CPU run in {exact[0]}, saved bytes to the byte in {exact[1]}")
     print("  not built: " + ", ".join(row["architecture"] for row in rows if "unbuilt" in row))
     return rows
+
+
+def structure() -> dict[str, Any]:
+    """Blocks by structure alone against `_no_split_modules` for every architecture that builds at its default size on
+    meta.
+    """
+    import warnings
+
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from meshwright.blueprint.blocks import block_names
+    from meshwright.blueprint.execute import build_on_meta
+
+    warnings.simplefilter("ignore")
+    counts = {"equal": 0, "more than published": 0, "other": 0, "not built": 0, "nothing published": 0}
+    rows = []
+    for architecture, kind in CONFIG_MAPPING.items():
+        try:
+            config = kind()
+            model = build_on_meta(lambda config=config: transformers.AutoModel.from_config(config))
+        except Exception:
+            counts["not built"] += 1
+            continue
+        theirs = set(getattr(model, "_no_split_modules", None) or ())
+        if not theirs:
+            counts["nothing published"] += 1
+            continue
+        ours = {type(model.get_submodule(name)).__name__ for name in block_names(model)}
+        verdict = "equal" if ours and ours <= theirs else "more than published" if ours & theirs else "other"
+        counts[verdict] += 1
+        present = {type(module).__name__ for module in model.modules()}
+        if verdict != "equal":
+            row = {
+                "architecture": architecture,
+                "ours": sorted(ours - theirs),
+                "theirs": sorted((theirs & present) - ours),
+            }
+            rows.append(row | {"verdict": verdict})
+    print(f"\nblocks by structure against _no_split_modules, default sizes on meta: {counts}")
+    for row in rows:
+        if row["verdict"] == "other":
+            print(f"  {row['architecture']:28} ours {row['ours']}, theirs {row['theirs']}")
+    return {"counts": counts, "differences": rows}
 
 
 def main() -> None:
@@ -209,6 +265,8 @@ def main() -> None:
     print(json.dumps(result))
     result |= {"speeds": speeds(), "closed_forms": closed_forms(), "real_runs": real_runs()}
     result["agreement"] = agreement(12 if arguments.quick else None)
+    if not arguments.quick:
+        result["structure"] = structure()
     result["own_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     target = Path(arguments.json)
     target.parent.mkdir(parents=True, exist_ok=True)

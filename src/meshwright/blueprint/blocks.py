@@ -112,8 +112,9 @@ class _Tree:
             path = f"{prefix}{name}"
             if name not in members:
                 found += self.blocks(child, f"{path}.", repeated)
-            elif id(child) in stages:
-                found += self.blocks(child, f"{path}.", True) or [path]
+            elif id(child) in stages or isinstance(child, nn.ModuleList | nn.ModuleDict):  # these can't be called
+                inside = self.blocks(child, f"{path}.", True)
+                found += inside or ([] if isinstance(child, nn.ModuleList | nn.ModuleDict) else [path])
             else:
                 found.append(path)
         return found

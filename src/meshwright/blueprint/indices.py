@@ -1,4 +1,4 @@
-"""Blocks that know their own number: is it used? Many libraries give each layer its index, and few layers compute with it.
+"""Blocks that know their own number: is it used? Many libraries give a layer its index; few layers compute with it.
 
 If an attribute holds the block's position in every block of a list, it is hidden while the first of them is captured,
 behind an object that refuses every use. A capture that succeeds proves that the blocks which differ in that number only
