@@ -143,7 +143,8 @@ def real_runs() -> list[dict[str, Any]]:
         real = (run.forward_flops, run.backward_flops, run.saved_without_state)
         rows.append({"model": name, "captured": ours, "real": real, "equal": ours == real})
         print(
-            f"  {name:18} FLOPs {ours[0] + ours[1]:>12,} / {real[0] + real[1]:>12,}   saved bytes {ours[2]:>10,} / {real[2]:>10,}"
+            f"  {name:18} FLOPs {ours[0] + ours[1]:>12,} / {real[0] + real[1]:>12,}"
+            f"   saved bytes {ours[2]:>10,} / {real[2]:>10,}"
         )
     return rows
 
@@ -192,9 +193,8 @@ def agreement(limit: int | None) -> list[dict[str, Any]]:
     built = [row for row in rows if "unbuilt" not in row]
     agree, total = sum(row["agree"] for row in captured), sum(row["total"] for row in captured)
     print(f"  {len(rows)} architectures publish a plan; {len(built)} build and run small; {len(captured)} captured;")
-    print(
-        f"  blocks equal in {sum(row['blocks_equal'] for row in captured)}; {agree} of {total} weights split as published"
-    )
+    equal = sum(row["blocks_equal"] for row in captured)
+    print(f"  blocks equal in {equal}; {agree} of {total} weights split as published")
     exact = sum(row["flops_equal"] for row in captured), sum(row["saved_equal"] for row in captured)
     print(f"  FLOPs equal a real CPU run in {exact[0]}, saved bytes to the byte in {exact[1]}")
     print("  not built: " + ", ".join(row["architecture"] for row in rows if "unbuilt" in row))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from real_run import one_block, whole_model
-from zoo import CASES
+from zoo import CASES, LongShortTerm, tokens
 
 from meshwright.blueprint.inspection import inspect
 
@@ -28,6 +28,17 @@ def test_whole_model(pair: Any) -> None:
     assert blueprint.forward_flops(BATCH) == run.forward_flops
     assert blueprint.backward_flops(BATCH) == run.backward_flops
     assert blueprint.saved_bytes(BATCH) == run.saved_without_state
+
+
+def test_a_fused_recurrent_kernel_says_what_is_left_out() -> None:
+    """FlopCounterMode counts this kernel as zero: 2 per weight and step forward, twice that backward."""
+    model = LongShortTerm()
+    blueprint = inspect(model, tokens())
+    weights = sum(p.numel() for name, p in model.cells.named_parameters() if "weight" in name)
+    head = 2 * 24 * 24 * 96
+    assert blueprint.forward_flops(1) == 2 * 24 * weights + head
+    assert blueprint.backward_flops(1) == 4 * 24 * weights + 2 * head
+    assert any("workspace" in note for note in blueprint.notes)
 
 
 def test_each_kind_of_block(pair: Any) -> None:

@@ -194,6 +194,14 @@ class Recurrent(nn.Module):
         return self.head(self.cells(self.embedding(tokens))[0])
 
 
+class LongShortTerm(Recurrent):
+    """oneDNN's fused kernel: one op per layer and direction, with a private workspace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.LSTM(16, 24, 2, batch_first=True)
+
+
 class DiffusionTransformer(nn.Module):
     """Blocks modulated by a condition that all of them read (adaLN-zero)."""
 

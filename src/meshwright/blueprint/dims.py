@@ -166,7 +166,9 @@ def _attention(at: Letterer) -> OpDims | None:
         letters = [b, h, s, t][4 - len(shape) :]
         inputs.append((mask, [NONE if size == 1 else x for size, x in zip(shape, letters, strict=True)]))
     outputs = [(at.op.outputs[0], [b, h, s, e])]
-    outputs += [(n, [b, h, s, NONE][: len(at.shape(n))]) for n in at.op.outputs[1:]]
+    for extra in at.op.outputs[1:]:  # the sums per row; random state has one dim or none
+        rank = len(at.shape(extra))
+        outputs.append((extra, [b, h, s, NONE][:rank] if rank >= 3 else at.new(rank)))
     return OpDims(inputs, outputs, whole={d, t})
 
 
@@ -411,6 +413,11 @@ _SUMS = (
     "max",
     "min",
 )
+_ATTENTIONS = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+)
 _ALONG = (
     "_softmax",
     "_safe_softmax",
@@ -441,8 +448,7 @@ _RULES: dict[str, Callable[[Letterer], OpDims | None]] = {
     **dict.fromkeys(("view_as_complex", "view_as_real"), _complex),
     "expand": _expanded,
     "_grouped_mm": _grouped_mm,
-    "_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "_scaled_dot_product_efficient_attention": _attention,
+    **dict.fromkeys(_ATTENTIONS, _attention),
     "convolution": _convolution,
     "native_group_norm": _group_norm,
     "embedding": _embedding,

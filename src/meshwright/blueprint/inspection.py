@@ -15,6 +15,7 @@ from meshwright.blueprint import capture, chains
 from meshwright.blueprint.blocks import block_names, structures
 from meshwright.blueprint.execute import build_on_meta
 from meshwright.blueprint.failures import capture_error
+from meshwright.blueprint.kernels import CudaKernels
 from meshwright.blueprint.record import Blueprint, Call, Unit
 from meshwright.blueprint.sample import ForwardFn, LossFn, batch_items
 from meshwright.blueprint.spec import ModelSpec, parse_spec
@@ -37,6 +38,7 @@ def inspect(
     dtype: torch.dtype | None = None,
     forward_fn: ForwardFn | None = None,
     loss_fn: LossFn | None = None,
+    device: str = "cpu",
     strict: bool = True,
 ) -> Blueprint:
     """Read a model from its code alone: nothing is allocated and no process group is touched.
@@ -47,18 +49,22 @@ def inspect(
     parameters and inputs were of that type (FSDP's mixed precision). With `loss_fn(output, batch)` the loss is part of
     what is captured; a spec of a language model brings cross-entropy. Counts hold for any micro-batch size.
 
+    `device="cuda"` counts the attention and RMSNorm kernels that CUDA would choose; no GPU is needed or used.
+
     Raises `ModelError`, one sentence that names the module and the line, if the model can't be captured; with
     `strict=False` the Blueprint then holds blocks and parameters by structure, and the sentence as a note.
     """
+    if device not in ("cpu", "cuda"):
+        raise ModelError(f"device {device!r} has no known kernels: use 'cpu' or 'cuda'")
     name, module, batch, sequence, loss_fn = _subject(model, batch, seq, loss_fn)
     blocks = block_names(module)
     try:
-        walks, blocks = _walk_twice(module, blocks, batch, dtype, forward_fn, loss_fn)
+        walks, blocks = _walk_twice(module, blocks, batch, dtype, forward_fn, loss_fn, device)
     except ModelError as error:
         if strict:
             raise
         return _by_structure(name, module, blocks, dtype, str(error))
-    return _assemble(name, module, blocks, walks, sequence, dtype)
+    return _assemble(name, module, blocks, walks, sequence, dtype, device)
 
 
 def _subject(
@@ -94,11 +100,13 @@ def _walk_twice(
     dtype: torch.dtype | None,
     forward_fn: ForwardFn | None,
     loss_fn: LossFn | None,
+    device: str,
 ) -> tuple[tuple[Walk, Walk], list[str]]:
     recorder = Recorder()
+    kernels = CudaKernels(recorder) if device == "cuda" else contextlib.nullcontext()
     subject = Subject(module, stand_in_state(module, recorder, dtype), batch, dtype, forward_fn, loss_fn)
     try:
-        with warnings.catch_warnings(), _quiet():
+        with warnings.catch_warnings(), _quiet(), kernels:
             warnings.simplefilter("ignore")  # advice about the stand-in tensors is not for the user
             first = Walker(subject, recorder, blocks, SIZES[0], None).run()
             shared = _called_again(module, blocks, first)
@@ -144,7 +152,13 @@ def _called_again(module: nn.Module, blocks: list[str], walk: Walk) -> list[str]
 
 
 def _assemble(
-    name: str, module: nn.Module, blocks: list[str], walks: tuple[Walk, Walk], sequence: int, dtype: torch.dtype | None
+    name: str,
+    module: nn.Module,
+    blocks: list[str],
+    walks: tuple[Walk, Walk],
+    sequence: int,
+    dtype: torch.dtype | None,
+    device: str,
 ) -> Blueprint:
     width, label = (dtype.itemsize, str(dtype).removeprefix("torch.")) if dtype is not None else (0, "")
     kinds: list[Unit] = []
@@ -154,6 +168,9 @@ def _assemble(
         kinds.append(capture.unit_of_kind(walks, number, module, parameters, sequence))
         if not capture.Pair(SIZES, tape.tape, walks[1].kinds[number].tape).agree:
             notes.append(f"{tape.name}: its ops depend on the batch size; amounts are taken as proportional to it")
+    tapes = [walks[0].outside, *(tape.tape for tape in walks[0].kinds)]
+    if any("rnn_layer" in op.func.name() for tape in tapes for op in tape.ops):
+        notes.append("oneDNN's recurrent kernel keeps a workspace that only a run can size: saved bytes leave it out")
     skip = tuple(f"{block}." for block in dict.fromkeys(call.name for call in walks[0].calls))
     parameters = capture.parameter_records(module, "", skip, width, label)
     rest = capture.unit_of_rest(walks, module, parameters, sequence)
@@ -174,6 +191,7 @@ def _assemble(
         rest=rest,
         blocks=tuple(block for block in blocks if block in called),
         saved=capture.whole_saved(walks),
+        device=device,
         notes=tuple(notes),
     )
 

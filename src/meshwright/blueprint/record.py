@@ -292,6 +292,8 @@ class Blueprint:
     blocks: tuple[str, ...]
     saved: Count = field(default_factory=Count)
     """Bytes that autograd keeps over the whole model, parameters, buffers and the batch aside, each storage once."""
+    device: str = "cpu"
+    """Whose kernels were captured: `cpu` or `cuda`."""
     captured: bool = True
     notes: tuple[str, ...] = ()
 

@@ -40,7 +40,8 @@ def _letter(number: int) -> str:
 def _head(blueprint: Blueprint, items: int) -> list[str]:
     name = blueprint.model
     kind = f" ({blueprint.class_name})" if blueprint.class_name != name else ""
-    lines = [f"{name}{kind}, {blueprint.dtype}"]
+    kernels = f", {blueprint.device} kernels" if blueprint.device != "cpu" else ""
+    lines = [f"{name}{kind}, {blueprint.dtype}{kernels}"]
     lines.append(
         f"  {amount(blueprint.n_parameters)} parameters, {amount(blueprint.parameter_bytes, 'B')}; "
         f"{len(blueprint.calls)} block calls of {len(blueprint.kinds)} kinds"

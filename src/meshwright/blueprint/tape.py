@@ -242,17 +242,21 @@ class Recorder(Execution):
         """Run one op and write it down."""
         kwargs = kwargs or {}
         result = self.run(func, args, kwargs)
-        if self.tape is None or func is prim_device:
-            return result
+        if func is not prim_device:
+            self.write(func, args, kwargs, result)
+        return result
+
+    def write(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Put one op on the current tape, with its operands and results."""
+        if self.tape is None:
+            return
         if func.name().startswith(_SILENT):
             if func.name().startswith("aten::detach") and not isinstance(self.tape, Digest):
                 self.tape.same(result, args[0])
-            return result
-        if isinstance(self.tape, Digest):
+        elif isinstance(self.tape, Digest):
             self.tape.note(func, [_described(x) for x in (*args, *kwargs.items())])
         else:
             self._write(self.tape, func, args, kwargs, result)
-        return result
 
     def _write(self, tape: Tape, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         numbers: list[int] = []

@@ -31,6 +31,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--seq", type=int, metavar="S", help="sequence length (default: the model's)")
     parser.add_argument("--items", type=int, default=1, metavar="B", help="micro-batch to show amounts for (default 1)")
     parser.add_argument("--dtype", choices=DTYPES, help="capture as if parameters and float inputs had this type")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels to count (needs no GPU)"
+    )
     parser.add_argument("--structure", action="store_true", help="if it can't be captured, show blocks and parameters")
     parser.add_argument("--save", metavar="FILE", help="write the blueprint to a file")
     parser.add_argument("--compare", metavar="FILE", help="say what differs from a saved blueprint")
@@ -47,7 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
         blueprint = Blueprint.load(arguments.load)
     else:
         dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-        blueprint = inspect(arguments.model, seq=arguments.seq, dtype=dtype, strict=not arguments.structure)
+        options = {"dtype": dtype, "device": arguments.device, "strict": not arguments.structure}
+        blueprint = inspect(arguments.model, seq=arguments.seq, **options)
     if arguments.save:
         blueprint.save(arguments.save)
     changed = differences(Blueprint.load(arguments.compare), blueprint, arguments.items) if arguments.compare else None
