@@ -81,6 +81,34 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(not isinstance(p, torch._subclasses.FakeTensor) for p in broken.parameters())
 
 
+class Caching(nn.Module):
+    """Keeps what it made for the next call, as many models keep masks and tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table, self.calls = nn.Linear(8, 8), None, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.table is None or self.table.shape[0] != x.shape[0]:
+            self.table = self.linear(x).detach()
+            self.extra = self.table
+        return self.linear(x) + self.table + torch.rand([])
+
+
+def test_what_a_forward_keeps_is_taken_back() -> None:
+    model, x = Caching(), torch.randn(2, 8)
+    torch.manual_seed(1)
+    inspect(model, x)
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), drawn)
+    assert model.table is None
+    assert model.calls == 0
+    assert not hasattr(model, "extra")
+    assert model(x).isfinite().all()
+
+
 def test_a_batch_is_needed() -> None:
     with pytest.raises(ModelError, match="needs a batch"):
         inspect(nn.Linear(2, 2))

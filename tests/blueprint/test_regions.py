@@ -79,7 +79,11 @@ class Mixed(nn.Module):
 
 
 def test_a_norm_over_split_features_refuses() -> None:
-    assert regions_of(nn.Sequential(Mixed(), Mixed()), torch.randn(2, 5, 16)) == []
+    unit = inspect(nn.Sequential(Mixed(), Mixed()), torch.randn(2, 5, 16)).kinds[0]
+    assert unit.regions == ()
+    reasons = dict(unit.whole)
+    assert "native_layer_norm" in reasons["up.weight"]
+    assert "output" in reasons["down.weight"]
 
 
 def test_positions_meet_only_in_attention() -> None:

@@ -108,6 +108,7 @@ def unit_of_kind(
         saved=saved_records(pair, first.forward_ops, set(first.outputs), findings),
         regions=_sized(findings, pair),
         experts=findings.experts,
+        whole=tuple(findings.refusals.items()),
         forward_peak=pair.count(first.forward_peak, second.forward_peak),
         backward_peak=pair.count(first.backward_peak, second.backward_peak),
     )
@@ -134,6 +135,7 @@ def unit_of_rest(
         saved=saved_records(pair, one.outside_forward_ops, entering, findings),
         regions=_sized(findings, pair),
         experts=findings.experts,
+        whole=tuple(findings.refusals.items()),
     )
 
 

@@ -21,7 +21,7 @@ from meshwright.blueprint.sample import ForwardFn, LossFn, batch_items
 from meshwright.blueprint.spec import ModelSpec, parse_spec
 from meshwright.blueprint.tape import Recorder
 from meshwright.blueprint.trees import tensors_in
-from meshwright.blueprint.walk import Subject, Walk, Walker, stand_in_state
+from meshwright.blueprint.walk import Subject, Walk, Walker, stand_in_state, untouched
 from meshwright.errors import ModelError
 
 SIZES = (2, 3)
@@ -106,7 +106,8 @@ def _walk_twice(
     kernels = CudaKernels(recorder) if device == "cuda" else contextlib.nullcontext()
     subject = Subject(module, stand_in_state(module, recorder, dtype), batch, dtype, forward_fn, loss_fn)
     try:
-        with warnings.catch_warnings(), _quiet(), kernels:
+        # A capture may draw numbers for real (whether to drop a layer): the user's random state is not to move.
+        with warnings.catch_warnings(), _quiet(), untouched(module), torch.random.fork_rng(devices=[]), kernels:
             warnings.simplefilter("ignore")  # advice about the stand-in tensors is not for the user
             first = Walker(subject, recorder, blocks, SIZES[0], None).run()
             shared = _called_again(module, blocks, first)

@@ -204,6 +204,8 @@ class Unit:
     saved: tuple[Saved, ...]
     regions: tuple[Region, ...] = ()
     experts: Experts | None = None
+    whole: tuple[tuple[str, str], ...] = ()
+    """Weights that no region cuts, each with the reason."""
     forward_peak: Count = field(default_factory=Count)
     """Bytes of tensors made in this unit that are alive at the worst moment of its forward (saved ones included)."""
     backward_peak: Count = field(default_factory=Count)

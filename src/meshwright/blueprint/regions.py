@@ -41,6 +41,8 @@ class Findings:
     mixing_ops: set[int] = field(default_factory=set)
     sequence_values: set[int] = field(default_factory=set)
     experts: Experts | None = None
+    refusals: dict[str, str] = field(default_factory=dict)
+    """Why a weight's output features can't be cut."""
 
 
 def find(tape: Tape, n_forward: int, outputs: list[int], sequence: int, open_ended: bool = False) -> Findings:
@@ -55,7 +57,7 @@ def find(tape: Tape, n_forward: int, outputs: list[int], sequence: int, open_end
     found.experts = _experts(graph)
     taken: set[str] = set()
     for place, op in enumerate(graph.ops):
-        trial = _try_op(graph, place, op, taken)
+        trial = _try_op(graph, place, op, taken, found.refusals)
         if trial is None:
             continue
         region = trial.region(graph, found.experts)
@@ -65,6 +67,7 @@ def find(tape: Tape, n_forward: int, outputs: list[int], sequence: int, open_end
         taken |= {split.tensor for split in (*region.columns, *region.rows)}
         found.region_of_op.update(dict.fromkeys(region.ops, number))
         found.region_of_value.update({value: number for value, _ in trial.labels})
+    found.refusals = {name: why for name, why in found.refusals.items() if name not in taken}
     # A storage that was saved through a view counts as cut if any view of it is.
     by_storage = {tape.values[value].storage: number for value, number in found.region_of_value.items()}
     for number, value in enumerate(tape.values):
@@ -168,7 +171,7 @@ def _is_attention(graph: _Graph, place: int) -> bool:
     )
 
 
-def _try_op(graph: _Graph, place: int, op: RawOp, taken: set[str]) -> _Trial | None:
+def _try_op(graph: _Graph, place: int, op: RawOp, taken: set[str], refusals: dict[str, str]) -> _Trial | None:
     """Try to open a region at a weight product or an embedding; a refusal may propose another way to cut, which is
     tried too.
     """
@@ -196,6 +199,7 @@ def _try_op(graph: _Graph, place: int, op: RawOp, taken: set[str]) -> _Trial | N
         trial = _Trial(place)
         if _grow(graph, trial, [((op.outputs[0], dim), label)]):
             return trial
+        refusals.setdefault(graph.name(weight), trial.refused or "no weight sums over the cut")
         if trial.hint is not None and len(tried) < 6:
             parts = trial.hint
             if parts.size == size:

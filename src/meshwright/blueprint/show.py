@@ -120,6 +120,7 @@ def _unit(title: str, unit: Unit, items: int) -> list[str]:
     lines += [f"  {_region(region, items)}" for region in shown]
     if len(unit.regions) > len(shown):
         lines.append(f"  ... and {len(unit.regions) - len(shown)} more regions")
+    lines += [f"  whole: {_weight(name)} ({reason})" for name, reason in unit.whole[:6]]
     return lines
 
 

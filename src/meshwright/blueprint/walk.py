@@ -300,6 +300,24 @@ class Walker:
             torch.autograd.grad(roots, ends, gradients, allow_unused=True)
 
 
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever the model's forward stores on its modules (a cached mask, a counter) is taken back: it would be a fake
+    tensor.
+    """
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            now = vars(module)
+            for name in [name for name in now if name not in attributes]:
+                del now[name]
+            for name, value in attributes.items():
+                if now.get(name) is not value:
+                    now[name] = value
+
+
 class _StandIn:
     """A block's forward during a walk; while the block is being captured, its own."""
 

@@ -103,6 +103,7 @@ def _unit(unit: Unit, items: int, ops: bool) -> dict[str, Any]:
         "forward_peak_bytes": unit.forward_peak.at(items),
         "backward_peak_bytes": unit.backward_peak.at(items),
         "regions": _resolved(unit.regions, items),
+        "whole": dict(unit.whole),
         "experts": _resolved(unit.experts, items),
     }
     details = ("forward", "backward", "saved") if ops else ()
