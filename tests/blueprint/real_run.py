@@ -21,14 +21,34 @@ SILENT = ("prim.", "aten.detach", "aten.lift_fresh", "aten.is_same_size", "aten.
 
 
 class OpNames(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.live = self.peak = 0
+        self.seen = {tensor.untyped_storage()._cdata: None for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not str(func).startswith(SILENT):
             self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.follow(tensor.untyped_storage())
+        return result
+
+    def follow(self, storage: Any) -> None:
+        """Count the bytes of a storage made here until it is freed."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+
+        def released(_: Any) -> None:
+            self.live -= size
+            del self.seen[key]
+
+        self.seen[key] = weakref.ref(storage, released)
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
 
 def attention_forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -60,9 +80,11 @@ class Run:
     backward_flops: int
     saved_bytes: int
     saved_without_state: int
+    forward_peak: int
+    backward_peak: int
 
 
-def measure(call: Callable[[], Any], ends: list[Tensor], state: list[Tensor]) -> Run:
+def measure(call: Callable[[], Any], ends: list[Tensor], state: list[Tensor], inputs: list[Tensor]) -> Run:
     """Run forward and backward for real; `state` are the tensors that are not counted in `saved_without_state`."""
     saved: dict[int, int] = {}
     held: dict[int, Any] = {}
@@ -80,7 +102,7 @@ def measure(call: Callable[[], Any], ends: list[Tensor], state: list[Tensor]) ->
             saved[key], held[key] = storage.nbytes(), weakref.ref(storage, released)
         return tensor
 
-    names, flops = OpNames(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
+    names, flops = OpNames([*state, *inputs]), FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     with flops, names, saved_tensors_hooks(pack, lambda tensor: tensor):
         output = call()
     forward_ops, forward_flops = names.names, flops.get_total_flops()
@@ -88,18 +110,21 @@ def measure(call: Callable[[], Any], ends: list[Tensor], state: list[Tensor]) ->
     total = sum(saved.values())
     without = sum(size for key, size in saved.items() if key not in known)
     roots = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    names, flops = OpNames(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
+    flops, forward_peak = FlopCounterMode(display=False, custom_mapping=UNCOUNTED), names.peak
+    names.names, names.peak = [], names.live
     gradients = [torch.ones_like(root) for root in roots]
+    names.seen |= {gradient.untyped_storage()._cdata: None for gradient in gradients}
     with flops, names:
         torch.autograd.grad(roots, ends, gradients, allow_unused=True)
-    return Run(forward_ops, names.names, forward_flops, flops.get_total_flops(), total, without)
+    peaks = forward_peak, names.peak
+    return Run(forward_ops, names.names, forward_flops, flops.get_total_flops(), total, without, *peaks)
 
 
 def whole_model(model: nn.Module, batch: Any) -> Run:
     parameters = [p for p in model.parameters() if p.requires_grad]
     state = [*model.parameters(), *model.buffers(), *(x for x in tree_leaves(batch) if isinstance(x, Tensor))]
     call = (lambda: model(**batch)) if isinstance(batch, dict) else lambda: model(batch)
-    return measure(call, parameters, state)
+    return measure(call, parameters, state, [])
 
 
 def one_block(model: nn.Module, name: str, batch: Any) -> Run:
@@ -125,4 +150,6 @@ def one_block(model: nn.Module, name: str, batch: Any) -> Run:
 
     args, kwargs = tree_map(fresh, given[0])
     ends = leaves + [p for p in block.parameters() if p.requires_grad]
-    return measure(lambda: block(*args, **kwargs), ends, list(block.parameters()))
+    given_tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    state = [*block.parameters(), *block.buffers()]
+    return measure(lambda: block(*args, **kwargs), ends, state, given_tensors)

@@ -50,3 +50,7 @@ def test_each_kind_of_block(pair: Any) -> None:
         assert unit.forward_flops.at(BATCH) == run.forward_flops
         assert unit.backward_flops.at(BATCH) == run.backward_flops
         assert unit.saved_bytes.at(BATCH) == run.saved_bytes
+        assert unit.forward_peak.at(BATCH) == run.forward_peak
+        assert unit.backward_peak.at(BATCH) == pytest.approx(
+            run.backward_peak, rel=0 if "experts" not in str(unit) else 0.02
+        )

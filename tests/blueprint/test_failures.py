@@ -133,6 +133,6 @@ def test_wrong_specs_name_the_nearest() -> None:
         with pytest.raises(ConfigError, match=near):
             inspect(text)
     with pytest.raises(ConfigError, match="seq=4096"):
-        inspect("gpt2", seq=4096) if False else inspect("gpt:sequence=128", seq=4096)
+        inspect("gpt2", seq=4096)
     with pytest.raises(ConfigError, match="no such file"):
         inspect("nowhere/config.json")

@@ -28,6 +28,12 @@ def test_overrides_fill_what_the_text_leaves_open() -> None:
     assert parse_spec("gpt2", sequence=99).config.sequence == 1024  # type: ignore[union-attr]
 
 
+def test_a_longer_sequence_where_positions_are_rotary() -> None:
+    assert inspect("llama:layers=2,hidden=32,heads=4,sequence=16", seq=64).sequence == 64
+    with pytest.raises(ConfigError, match="seq=64"):
+        inspect("gpt:layers=2,hidden=32,heads=4,sequence=16", seq=64)
+
+
 def test_every_size_of_the_inline_form() -> None:
     text = "llama:layers=2,hidden=32,heads=4,kv_heads=2,ffn=48,vocab=64,tied=on,attention=eager"
     text += ",experts=4,topk=1,moe_ffn=16"

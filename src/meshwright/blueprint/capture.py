@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import nn
 
 from meshwright.blueprint import costs
-from meshwright.blueprint.record import Count, Op, ParameterRecord, Saved, TensorRecord, Unit
+from meshwright.blueprint.record import Count, Op, ParameterRecord, Peak, Saved, TensorRecord, Unit
 from meshwright.blueprint.regions import Findings, find
 from meshwright.blueprint.tape import RawOp, Tape, Value
 from meshwright.blueprint.walk import UnitTape, Walk
@@ -33,6 +33,10 @@ class Pair:
         if first == second:
             return Count(first)
         return Count.through((self.sizes[0], first), (self.sizes[1], second))
+
+    def peak(self, ops: slice) -> Peak:
+        """The most bytes alive over some of the ops."""
+        return Peak.over(map(self.count, self.first.levels[ops], self.second.levels[ops]))
 
     def ops(self) -> Iterable[tuple[RawOp, RawOp]]:
         """The ops of both tapes side by side."""
@@ -109,8 +113,8 @@ def unit_of_kind(
         regions=_sized(findings, pair),
         experts=findings.experts,
         whole=tuple(findings.refusals.items()),
-        forward_peak=pair.count(first.forward_peak, second.forward_peak),
-        backward_peak=pair.count(first.backward_peak, second.backward_peak),
+        forward_peak=pair.peak(slice(0, first.forward_ops)),
+        backward_peak=pair.peak(slice(first.forward_ops, None)),
     )
 
 
@@ -150,7 +154,7 @@ def _scaled(tape: UnitTape, first: int, second: int) -> Tape:
         replace(op, flops=scale(op.flops), read_bytes=scale(op.read_bytes), written_bytes=scale(op.written_bytes))
         for op in tape.tape.ops
     ]
-    made.values = tape.tape.values
+    made.values, made.levels = tape.tape.values, [scale(level) for level in tape.tape.levels]
     made.saved = {key: replace(saved, bytes=scale(saved.bytes)) for key, saved in tape.tape.saved.items()}
     return made
 

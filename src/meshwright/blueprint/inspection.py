@@ -74,6 +74,7 @@ def _subject(
     if isinstance(model, str):
         model = parse_spec(model, **({"sequence": seq} if seq else {}))
     if isinstance(model, ModelSpec):
+        model = model.with_sequence(seq)
         name, sample = model.text, model.sample
         module = build_on_meta(model.build)
         if batch is None:

@@ -54,6 +54,24 @@ class Count:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """The largest of several amounts: the worst moment is another one at another micro-batch size."""
+
+    moments: tuple[Count, ...] = ()
+
+    def at(self, items: int) -> int:
+        """The most for a micro-batch of `items`; 0 if nothing was made."""
+        return max((moment.at(items) for moment in self.moments), default=0)
+
+    @staticmethod
+    def over(moments: Iterable[Count]) -> Peak:
+        """Only the moments that are the worst at some size (upper envelope over powers of two and their neighbours)."""
+        every = sorted(set(moments))
+        sizes = sorted({max(1, 2**power + step) for power in range(14) for step in (-1, 0, 1)})
+        return Peak(tuple(dict.fromkeys(max(every, key=lambda moment: moment.at(size)) for size in sizes if every)))
+
+
+@dataclass(frozen=True)
 class TensorRecord:
     """A tensor that crosses a boundary: `name` is the argument or output it came as, `dtype` without `torch.`."""
 
@@ -206,12 +224,11 @@ class Unit:
     experts: Experts | None = None
     whole: tuple[tuple[str, str], ...] = ()
     """Weights that no region cuts, each with the reason."""
-    forward_peak: Count = field(default_factory=Count)
+    forward_peak: Peak = field(default_factory=lambda: Peak())
     """Bytes of tensors made in this unit that are alive at the worst moment of its forward (saved ones included)."""
-    backward_peak: Count = field(default_factory=Count)
-    """The same for its backward: what is still saved, gradients of activations, and the parameters' gradients made so
-    far.
-    """
+    backward_peak: Peak = field(default_factory=lambda: Peak())
+    """The same for its backward: what is still saved, gradients of activations and of parameters so far; the gradient that
+    comes in is not counted."""
 
     @property
     def forward_flops(self) -> Count:

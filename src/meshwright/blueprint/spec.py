@@ -41,6 +41,13 @@ class ModelSpec:
     config: decoder.DecoderConfig | None = None
     library_config: Any = None
 
+    def with_sequence(self, seq: int | None) -> ModelSpec:
+        """The same model for `seq` tokens where that costs nothing but a longer rotary table; otherwise as it is."""
+        if self.config is None or not seq or seq <= self.config.sequence or self.config.positions != "rotary":
+            return self
+        config = dataclasses.replace(self.config, sequence=seq)
+        return ModelSpec(self.text, partial(decoder.Decoder, config), config)
+
     def sample(self, model: nn.Module, seq: int | None) -> tuple[Any, LossFn | None]:
         """A batch of two items for a capture, and its loss; `seq` tokens, or as many as the model takes.
 

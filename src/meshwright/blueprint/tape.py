@@ -34,9 +34,7 @@ class Ref:
 
 @dataclass
 class Value:
-    """A tensor met on a tape. `role` is `parameter`, `buffer`, `input`, `made` or `constant` (from outside, not
-    declared).
-    """
+    """A tensor met on a tape; `role`: `parameter`, `buffer`, `input`, `gradient`, `made`, `constant` (undeclared)."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -80,8 +78,8 @@ class RawSaved:
 
 
 class Tape:
-    """Ops and values of one stretch; `live_bytes` follows the storages made here while they exist, `peak_bytes` the
-    most so far.
+    """Ops and values of one stretch; `live_bytes` follows the storages made here, `levels` is the most alive at each
+    op.
     """
 
     def __init__(self) -> None:
@@ -91,7 +89,8 @@ class Tape:
         self.position = 0
         self.sealed = False
         self.live_bytes = 0
-        self.peak_bytes = 0
+        self.levels: list[int] = []
+        self._high = 0
         self._numbers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._storages: dict[int, _Storage] = {}
         self._serials = itertools.count()
@@ -130,6 +129,12 @@ class Tape:
     def seal(self) -> None:
         """The forward is over: what is saved now stays listed, though the backward lets go of it."""
         self.sealed = True
+        self._high = self.live_bytes
+
+    def level(self) -> None:
+        """An op is done: note the most bytes that were alive since the one before."""
+        self.levels.append(self._high)
+        self._high = self.live_bytes
 
     def _add(self, tensor: torch.Tensor, storage: _Storage, role: str, name: str, producer: int) -> int:
         shape, strides = tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride()))
@@ -160,7 +165,7 @@ class Tape:
         entry = self._storages[key] = _Storage(serial, size, role, name, weakref.ref(untyped, released))
         if counted:
             self.live_bytes += size
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            self._high = max(self._high, self.live_bytes)
         return entry
 
 
@@ -292,3 +297,4 @@ class Recorder(Execution):
                 costs.is_causal(func, args, kwargs),
             )
         )
+        tape.level()

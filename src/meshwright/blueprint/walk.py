@@ -37,8 +37,6 @@ class UnitTape:
     inputs: list[int]
     outputs: list[int]
     output: Any
-    forward_peak: int
-    backward_peak: int
     digest: str
 
 
@@ -140,6 +138,8 @@ class Walker:
             roots = list(ends.values())
             with self.recorder.onto(None):
                 gradients = [torch.empty_like(root) for root in roots]
+            for gradient in gradients:
+                self.walk.outside.declare(gradient, "gradient", "")
             torch.autograd.grad(roots, leaves, gradients, allow_unused=True)
 
     @contextlib.contextmanager
@@ -282,21 +282,22 @@ class Walker:
         numbers = [tape.declare(tensor, "input", "") for tensor in inputs]
         with recorder.onto(tape):
             output = forward(*args, **kwargs)
-            forward_ops, forward_peak = len(tape.ops), tape.peak_bytes
+            forward_ops = len(tape.ops)
             outputs = [tape.number(tensor) for tensor in tensors_in(output)]
             tape.seal()
-            tape.peak_bytes = tape.live_bytes
-            self._unit_backward(module, output, leaves)
+            self._unit_backward(module, output, leaves, tape)
         marked = _mark_inputs(output, inputs)
         digest = Digest.of(tape, forward_ops)
-        return UnitTape(name, tape, forward_ops, numbers, outputs, marked, forward_peak, tape.peak_bytes, digest)
+        return UnitTape(name, tape, forward_ops, numbers, outputs, marked, digest)
 
-    def _unit_backward(self, module: nn.Module, output: Any, leaves: list[torch.Tensor]) -> None:
+    def _unit_backward(self, module: nn.Module, output: Any, leaves: list[torch.Tensor], tape: Tape) -> None:
         roots = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         ends = leaves + [parameter for parameter in module.parameters() if parameter.requires_grad]
         if roots and ends:
             with self.recorder.onto(None):
                 gradients = [torch.empty_like(root) for root in roots]
+            for gradient in gradients:
+                tape.declare(gradient, "gradient", "")
             torch.autograd.grad(roots, ends, gradients, allow_unused=True)
 
 

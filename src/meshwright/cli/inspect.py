@@ -11,7 +11,7 @@ import torch
 
 from meshwright.blueprint.compare import differences
 from meshwright.blueprint.inspection import inspect
-from meshwright.blueprint.record import Blueprint, Unit
+from meshwright.blueprint.record import Blueprint, Count, Peak, Unit
 from meshwright.blueprint.show import show
 from meshwright.errors import ConfigError
 
@@ -112,7 +112,7 @@ def _unit(unit: Unit, items: int, ops: bool) -> dict[str, Any]:
 
 def _resolved(value: Any, items: int) -> Any:
     """Plain data with every count taken at `items`."""
-    if hasattr(value, "per_item"):
+    if isinstance(value, Count | Peak):
         return value.at(items)
     if dataclasses.is_dataclass(value):
         return {field.name: _resolved(getattr(value, field.name), items) for field in dataclasses.fields(value)}
