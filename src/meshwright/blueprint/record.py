@@ -227,8 +227,7 @@ class Unit:
     forward_peak: Peak = field(default_factory=lambda: Peak())
     """Bytes of tensors made in this unit that are alive at the worst moment of its forward (saved ones included)."""
     backward_peak: Peak = field(default_factory=lambda: Peak())
-    """The same for its backward: what is still saved, gradients of activations and of parameters so far; the gradient that
-    comes in is not counted."""
+    """The same for its backward: what is still saved and the gradients so far; the one that comes in is left out."""
 
     @property
     def forward_flops(self) -> Count:
