@@ -18,17 +18,22 @@ from meshwright.errors import (
 
 if TYPE_CHECKING:
     from meshwright import losses
+    from meshwright.blueprint.inspection import inspect
+    from meshwright.blueprint.record import Blueprint
     from meshwright.engine import Engine, Metrics, parallelize
     from meshwright.plan import Plan
 
 _HOMES = {
+    "Blueprint": "meshwright.blueprint.record",
     "Engine": "meshwright.engine",
     "Metrics": "meshwright.engine",
     "Plan": "meshwright.plan",
+    "inspect": "meshwright.blueprint.inspection",
     "parallelize": "meshwright.engine",
 }
 
 __all__ = [
+    "Blueprint",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -39,6 +44,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "TrainingError",
+    "inspect",
     "losses",
     "parallelize",
 ]

@@ -12,11 +12,25 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.utils import _pytree as pytree  # nested containers of tensors; torch has no public name for them
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # to see every operation, and not to
 
-__all__ = ["TorchDispatchMode"]
+# A host read or an output whose size depends on values: raised by fake tensors, turned into a sentence.
+from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
+
+# Tensors with a device and strides but no memory; torch.compile and torch.export stand on them.
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import UnsupportedOperatorException as UnsupportedOperatorException
+from torch.distributed.fsdp import FSDPModule
+
+# Nested containers of tensors; torch has no public name for them.
+from torch.utils import _pytree as pytree
+
+# The one way to see each ATen op below autograd (used by torch's own FlopCounterMode), and to step outside of it.
+from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 # torch 2.13 renamed these two and warns at every call of the old name; 2.11 knows only the old one.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -36,11 +50,6 @@ def all_gather(output: Tensor, source: Tensor, group: dist.ProcessGroup) -> dist
 def default_store() -> dist.Store:
     """Return the key-value store of the default process group; torch gives no public access to it."""
     return dist.distributed_c10d._get_default_store()
-
-
-def storage_identity(tensor: Tensor) -> int:
-    """Return a number that two tensors share exactly when they share storage; meta tensors have no address to compare."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def fsdp_unsharded_parameters(root: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -110,3 +119,68 @@ def outside_modes() -> Iterator[None]:
 def no_torch_function() -> Any:
     """Return a context in which no torch-function mode sees what is done; a dispatch handler needs it to look at tensors."""
     return torch._C.DisableTorchFunction()
+
+
+# Capture (blueprint/) and deferred initialisation
+
+
+class DispatchMode(_TorchDispatchMode):
+    """A mode that sees every ATen op while it is entered: override `__torch_dispatch__(func, types, args, kwargs)`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True (the default) wraps each dispatch in torch._dynamo.disable, whose import alone takes more than a second.
+        return False
+
+
+class FakeMode(FakeTensorMode):
+    """`FakeTensorMode` without the wrapper that imports `torch._dynamo` at the first op. Tried on 2.11 to 2.13."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op on fake tensors."""
+        return self.dispatch(func, types, args, kwargs)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The address of a tensor's storage object: equal for views of one storage, also where no memory is behind it.
+
+    `data_ptr()` is 0 for every fake tensor, so the private `_cdata` is the only identity. Tried on 2.11 to 2.13.
+    """
+    return int(tensor.untyped_storage()._cdata)
+
+
+def next_node_number() -> int:
+    """The number that the next autograd node will get; the op being dispatched made the one before. 2.11 to 2.13."""
+    return int(torch.autograd._get_sequence_nr())
+
+
+def running_node_number() -> int:
+    """The number of the autograd node whose backward is running, or -1 outside a backward. Tried on 2.11 to 2.13."""
+    node: Any = torch._C._current_autograd_node()
+    if node is None:
+        return -1
+    number = int(node._sequence_nr())
+    return number if number < 1 << 62 else -1  # accumulating into a leaf has the largest number
+
+
+def is_functional_view(op: Any) -> bool:
+    """Whether an ATen op only returns an alias of its input, by its schema. Tried on 2.11 to 2.13."""
+    arguments = op._schema.arguments
+    aliases = [a.alias_info for a in arguments if a.alias_info is not None]
+    returned = [r.alias_info for r in op._schema.returns if r.alias_info is not None]
+    return bool(aliases) and bool(returned) and not any(alias.is_write for alias in aliases)
+
+
+def is_in_place(op: Any) -> bool:
+    """Whether an ATen op writes into one of its arguments, by its schema. Tried on 2.11 to 2.13."""
+    return any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments)

@@ -36,6 +36,14 @@ def block_names(module: nn.Module) -> list[str]:
     return found
 
 
+def structures(module: nn.Module) -> dict[int, int]:
+    """For every module under `module`, by its `id`, a number that is equal for equal structures (class, names and
+    shapes).
+    """
+    tree = _Tree(module)
+    return {id(child): tree.shape(child).exact for child in module.modules()}
+
+
 @dataclass(frozen=True)
 class _Shape:
     """A module's structure: `kind` ignores shapes, `exact` has them; equal integers mean equal structures."""
@@ -43,6 +51,7 @@ class _Shape:
     kind: int
     exact: int
     owns: bool  # any parameter in the subtree
+    matrices: int  # parameters with two or more dims in the subtree
     unit: bool  # large enough to be a block: children with parameters, or a leaf that is more than one torch.nn layer
 
 
@@ -73,10 +82,11 @@ class _Tree:
         kind = self._number((type(module), tuple(shape.kind for _, shape in children) if is_container else ()))
         exact = self._number((type(module), own, buffers, tuple((name, shape.exact) for name, shape in children)))
         owns = bool(own) or any(shape.owns for _, shape in children)
-        has_matrix = any(len(size) >= 2 for _, size in own)
+        own_matrices = sum(len(size) >= 2 for _, size in own)
         is_torch_leaf = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, _LARGE_LEAVES)
-        unit = any(shape.owns for _, shape in children) or (has_matrix and not is_torch_leaf)
-        shape = _Shape(kind, exact, owns, unit and owns)
+        unit = any(shape.owns for _, shape in children) or (own_matrices > 0 and not is_torch_leaf)
+        matrices = own_matrices + sum(shape.matrices for _, shape in children)
+        shape = _Shape(kind, exact, owns, matrices, unit and owns)
         self._shapes[id(module)] = shape
         return shape
 
@@ -85,7 +95,9 @@ class _Tree:
         itself.
         """
         owning = [child for child in module.children() if self.shape(child).owns]
-        return isinstance(module, _CONTAINERS) and bool(owning) and all(self.shape(child).unit for child in owning)
+        strings_units = bool(owning) and all(self.shape(child).unit for child in owning)
+        # Of single layers with their norms (one matrix each) a unit is made, not a stage.
+        return isinstance(module, _CONTAINERS) and strings_units and any(self.shape(c).matrices > 1 for c in owning)
 
     def blocks(self, module: nn.Module, prefix: str, repeated: bool) -> list[str]:
         """Blocks under `module`; `repeated` says that its siblings repeat it, so that a list of one is a chain as well."""
@@ -100,8 +112,9 @@ class _Tree:
             path = f"{prefix}{name}"
             if name not in members:
                 found += self.blocks(child, f"{path}.", repeated)
-            elif id(child) in stages:
-                found += self.blocks(child, f"{path}.", True) or [path]
+            elif id(child) in stages or isinstance(child, nn.ModuleList | nn.ModuleDict):  # these can't be called
+                inside = self.blocks(child, f"{path}.", True)
+                found += inside or ([] if isinstance(child, nn.ModuleList | nn.ModuleDict) else [path])
             else:
                 found.append(path)
         return found
@@ -112,7 +125,8 @@ class _Tree:
         """
         exact = self.shape(module).exact
         if exact not in self._holding:
-            self._holding[exact] = bool(self.blocks(module, "", repeated=False))
+            inside = self.blocks(module, "", repeated=False)
+            self._holding[exact] = any(self.shape(module.get_submodule(name)).matrices > 1 for name in inside)
         return self._holding[exact]
 
     def _list_members(self, module: nn.Module, children: list[tuple[str, nn.Module]], repeated: bool) -> set[str]:
@@ -168,7 +182,9 @@ class _Tree:
         """Single layers with a weight matrix that repeat in one list: what a plain MLP or a VGG consists of."""
         found: list[str] = []
         for name, parent in module.named_modules():
-            if not isinstance(parent, _CONTAINERS):
+            # A list inside a module that has other weights too is a part of that module, not a chain of its own.
+            above = [module.get_submodule(path) for path in _ancestors(name)]
+            if not all(isinstance(place, _CONTAINERS) for place in (parent, *above)):
                 continue
             layers = [(key, child) for key, child in parent.named_children() if self._is_weight_layer(child)]
             counts = Counter(type(child) for _, child in layers)
@@ -178,3 +194,9 @@ class _Tree:
     def _is_weight_layer(self, module: nn.Module) -> bool:
         has_matrix = any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
         return has_matrix and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+def _ancestors(name: str) -> list[str]:
+    """Paths between the root and a module, both excluded: `a` and `a.b` for `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]

@@ -7,10 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from meshwright.cli import train
+from meshwright.cli import inspect, train
 from meshwright.errors import MeshwrightError
 
-COMMANDS = (train,)
+COMMANDS = (train, inspect)
 
 
 class _Parser(argparse.ArgumentParser):

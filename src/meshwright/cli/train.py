@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "inputs", nargs="*", metavar="CONFIG.toml | key=value", help="a configuration file; settings such as data=PATH"
     )
     parser.add_argument("--plan", help="a plan by name (ddp, zero2, fsdp, ...) or by fields (dp_replicate=2 dp_shard=2)")
-    parser.add_argument("--ranks", type=int, help="local ranks to start (default: one per CUDA device, or 2)")
+    parser.add_argument("--ranks", type=int, help="local ranks to start (default: as the plan says, or one per CUDA device, or 2)")
     parser.add_argument("--steps", type=int, help="optimizer steps (train.steps)")
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/DATE-TIME)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
@@ -37,11 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--ranks {arguments.ranks} must be at least 1")
     folder = _folder(arguments)
     config = _configure(arguments, folder)
-    Plan.parse(config.plan.text)  # what is wrong in the text is said before torch is loaded
+    plan = Plan.parse(config.plan.text)  # what is wrong in the text is said before torch is loaded
     from meshwright.train import launch, worker
 
     joined = _announced_ranks()
-    ranks = joined or arguments.ranks or _default_ranks()
+    ranks = joined or arguments.ranks or plan.degree_product() or _default_ranks()
     check(config, ranks)
     if arguments.resume:
         _check_resumed(config, folder)
@@ -120,18 +120,11 @@ def _check_resumed(asked: Any, folder: Path) -> None:
     from meshwright.train.config import load
 
     before = load(folder / "plan.toml", [])
-    for table, key in (
-        ("model", "spec"),
-        ("data", "source"),
-        ("data", "sequence_length"),
-        ("data", "global_batch"),
-        ("train", "seed"),
-    ):
+    kept = (("model", "spec"), ("data", "source"), ("data", "sequence_length"), ("data", "global_batch"), ("train", "seed"))
+    for table, key in kept:
         old, new = (getattr(getattr(config, table), key) for config in (before, asked))
         if old != new:
-            raise ConfigError(
-                f"a resumed run keeps {table}.{key}={old!r}, and {new!r} was asked for: start a new run in another folder"
-            )
+            raise ConfigError(f"a resumed run keeps {table}.{key}={old!r}, not {new!r}: start a new run in another folder")
 
 
 def _prepare(config: Any, folder: Path, resume: bool) -> None:

@@ -17,7 +17,10 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and family of a decoder; `kv_heads < heads` is grouped-query attention, `experts > 0` a mixture of experts."""
+    """Sizes and family of a decoder.
+
+    `kv_heads < heads` is grouped-query attention, `experts > 0` a mixture of experts, `latent_kv > 0` latent attention.
+    """
 
     layers: int = 4
     hidden: int = 128
@@ -37,6 +40,27 @@ class DecoderConfig:
     topk: int = 2
     moe_ffn: int = 0
     rope_theta: float = 10000.0
+    head_dim: int = 0
+    """0: `hidden / heads`."""
+    shared_experts: int = 0
+    """Experts (as one of `shared_experts * moe_ffn`) that every token visits besides its `topk`."""
+    stacked: bool = False
+    """All experts' weights in one tensor per matrix, multiplied in groups (one kernel), in place of a module per
+    expert.
+    """
+    dense_layers: int = 0
+    """The first layers have a plain feed-forward in place of the experts."""
+    latent_query: int = 0
+    latent_kv: int = 0
+    rotary_dim: int = 0
+    """Multi-head latent attention if `latent_kv > 0`: the ranks of query and of key and value, and the rotary part of a
+    head.
+    """
+
+    @property
+    def width(self) -> int:
+        """Features of one head."""
+        return self.head_dim or self.hidden // self.heads
 
 
 def gpt(**sizes: Any) -> DecoderConfig:
@@ -56,7 +80,7 @@ def gpt(**sizes: Any) -> DecoderConfig:
 
 
 def llama(**sizes: Any) -> DecoderConfig:
-    """The Llama family: RMSNorm, rotary positions, SwiGLU, no bias, untied head; `ffn` rounds `8/3 * hidden` up to 64."""
+    """The Llama family: RMSNorm, rotary positions, SwiGLU, no bias, untied; `ffn` rounds `8/3 * hidden` up to 64."""
     hidden = sizes.get("hidden", 128)
     heads = sizes.get("heads", 4)
     family: dict[str, Any] = {
@@ -94,7 +118,7 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.head_dim = config.hidden // config.heads
+        self.head_dim = config.width
         self.query = nn.Linear(config.hidden, config.heads * self.head_dim, bias=config.bias)
         self.key = nn.Linear(config.hidden, config.kv_heads * self.head_dim, bias=config.bias)
         self.value = nn.Linear(config.hidden, config.kv_heads * self.head_dim, bias=config.bias)
@@ -126,6 +150,42 @@ class Attention(nn.Module):
         return F.dropout(weights, self.config.dropout, self.training) @ v
 
 
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (arXiv:2405.04434): key and value from one low-rank vector per token, a shared rotary
+    key.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config, self.head_dim, self.rotary = config, config.width, config.rotary_dim
+        full = self.head_dim + self.rotary
+        self.query_down = nn.Linear(config.hidden, config.latent_query, bias=False) if config.latent_query else None
+        self.query_norm = nn.RMSNorm(config.latent_query, eps=1e-5) if config.latent_query else None
+        self.query = nn.Linear(config.latent_query or config.hidden, config.heads * full, bias=False)
+        self.kv_down = nn.Linear(config.hidden, config.latent_kv + self.rotary, bias=False)
+        self.kv_norm = nn.RMSNorm(config.latent_kv, eps=1e-5)
+        self.kv = nn.Linear(config.latent_kv, config.heads * 2 * self.head_dim, bias=False)
+        self.output = nn.Linear(config.heads * self.head_dim, config.hidden, bias=False)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        batch, sequence, _ = x.shape
+        parts = (self.head_dim, self.rotary)
+        latent = x if self.query_down is None or self.query_norm is None else self.query_norm(self.query_down(x))
+        q = self.query(latent).view(batch, sequence, -1, sum(parts)).transpose(1, 2)  # [B, heads, S, D + R]
+        q_plain, q_turned = q.split(parts, dim=-1)
+        latent_kv, k_turned = self.kv_down(x).split((self.config.latent_kv, self.rotary), dim=-1)
+        kv = self.kv(self.kv_norm(latent_kv)).view(batch, sequence, -1, 2 * self.head_dim).transpose(1, 2)
+        k_plain, v = kv.split(self.head_dim, dim=-1)
+        k_turned = k_turned[:, None]  # one rotary key for all heads
+        if rotary is not None:
+            q_turned, k_turned = _rotate(q_turned, *rotary), _rotate(k_turned, *rotary)
+        q = torch.cat([q_plain, q_turned], dim=-1)
+        k = torch.cat([k_plain, k_turned.expand(-1, q.shape[1], -1, -1)], dim=-1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: Tensor = self.output(y.transpose(1, 2).reshape(batch, sequence, -1))
+        return out
+
+
 class FeedForward(nn.Module):
     """Two matrices and a GELU, or three matrices and a gated SiLU (SwiGLU)."""
 
@@ -148,7 +208,9 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.topk = config.topk
         self.router = nn.Linear(config.hidden, config.experts, bias=False)
-        self.experts = nn.ModuleList(FeedForward(config, config.moe_ffn or config.ffn) for _ in range(config.experts))
+        ffn = config.moe_ffn or config.ffn
+        self.experts = nn.ModuleList(FeedForward(config, ffn) for _ in range(config.experts))
+        self.shared = FeedForward(config, config.shared_experts * ffn) if config.shared_experts else None
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])  # [T, H]
@@ -158,18 +220,49 @@ class MixtureOfExperts(nn.Module):
         for index, expert in enumerate(self.experts):
             token, slot = (chosen == index).nonzero(as_tuple=True)
             out = out.index_add(0, token, expert(tokens[token]) * weights[token, slot, None])
+        if self.shared is not None:
+            out = out + self.shared(tokens)
+        return out.view_as(x)
+
+
+class StackedExperts(nn.Module):
+    """The same mixture with grouped products: tokens sorted by expert meet `[experts, in, out]` weights in one kernel."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.topk, self.n_experts = config.topk, config.experts
+        ffn = config.moe_ffn or config.ffn
+        self.router = nn.Linear(config.hidden, config.experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(config.experts, config.hidden, 2 * ffn))
+        self.down = nn.Parameter(torch.empty(config.experts, ffn, config.hidden))
+        self.shared = FeedForward(config, config.shared_experts * ffn) if config.shared_experts else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])  # [T, H]
+        weights, chosen = self.router(tokens).float().softmax(dim=-1).topk(self.topk, dim=-1)
+        weights = (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
+        order = chosen.flatten().argsort(stable=True)  # slots [T * topk] by expert
+        ends = torch.bincount(chosen.flatten(), minlength=self.n_experts).cumsum(0).to(torch.int32)
+        token = order // self.topk
+        gate, up = F.grouped_mm(tokens[token], self.gate_up, offs=ends).chunk(2, dim=-1)
+        visited = F.grouped_mm(F.silu(gate) * up, self.down, offs=ends) * weights.flatten()[order, None]
+        out = torch.zeros_like(tokens).index_add(0, token, visited)
+        if self.shared is not None:
+            out = out + self.shared(tokens)
         return out.view_as(x)
 
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: int = 0) -> None:
         super().__init__()
         self.attention_norm = _norm(config)
-        self.attention = Attention(config)
+        self.attention = LatentAttention(config) if config.latent_kv else Attention(config)
         self.ffn_norm = _norm(config)
-        self.ffn = MixtureOfExperts(config) if config.experts else FeedForward(config, config.ffn)
+        routed = config.experts > 0 and layer >= config.dense_layers
+        mixture = StackedExperts if config.stacked else MixtureOfExperts
+        self.ffn = mixture(config) if routed else FeedForward(config, config.ffn)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -186,13 +279,13 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.hidden)
         self.position = nn.Embedding(config.sequence, config.hidden) if config.positions == "learned" else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = _norm(config)
         self.head = nn.Linear(config.hidden, config.vocab, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
         if config.positions == "rotary":
-            cos, sin = _rotary(config.sequence, config.hidden // config.heads, config.rope_theta)
+            cos, sin = _rotary(config.sequence, config.rotary_dim or config.width, config.rope_theta)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self._initialise()

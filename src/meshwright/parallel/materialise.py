@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from meshwright import _torch
-from meshwright._torch import TorchDispatchMode, storage_identity, tensors_of, tree_map_tensors
+from meshwright._torch import DispatchMode, storage_key, tensors_of, tree_map_tensors
 from meshwright.errors import ModelError
 
 _META = torch.device("meta")
@@ -116,17 +116,17 @@ class Recording:
         if torch.Tag.nondeterministic_seeded in function.tags:
             operation.seed = derive_seed(self.seed, self._random_operations)
             self._random_operations += 1
-        touched = {storage_identity(tensor) for tensor in operation.outputs}
+        touched = {storage_key(tensor) for tensor in operation.outputs}
         for argument, value in zip(function._schema.arguments, arguments, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                touched |= {storage_identity(tensor) for tensor in tensors_of(value)}
+                touched |= {storage_key(tensor) for tensor in tensors_of(value)}
         self._append(operation, touched)
 
     def add_constant(self, value: Tensor) -> Tensor:
         """Return a meta stand-in for a tensor that has its values already, such as `torch.tensor([1.0, 2.0])`."""
         stand_in = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=_META)
         kept = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype).copy_(value)
-        self._append(_Operation(None, (), {}, [stand_in.detach()], constant=kept), {storage_identity(stand_in)})
+        self._append(_Operation(None, (), {}, [stand_in.detach()], constant=kept), {storage_key(stand_in)})
         return stand_in
 
     def _append(self, operation: _Operation, touched: set[int]) -> None:
@@ -136,7 +136,7 @@ class Recording:
 
     def knows(self, tensor: Tensor) -> bool:
         """Return whether the tensor was made under this recording."""
-        return tensor.is_meta and storage_identity(tensor) in self._writers
+        return tensor.is_meta and storage_key(tensor) in self._writers
 
     def value(self, tensor: Tensor) -> Tensor:
         """Return the real value, on the CPU and in full shape, of a meta tensor that was made under this recording."""
@@ -149,7 +149,7 @@ class Recording:
     def _needed(self, tensor: Tensor) -> set[int]:
         """Return the operations that the tensor's storage depends on, walking back through the writers of each storage."""
         needed: set[int] = set()
-        pending = [(storage_identity(tensor), len(self._operations))]
+        pending = [(storage_key(tensor), len(self._operations))]
         while pending:
             storage, before = pending.pop()
             for index in self._writers.get(storage, ()):
@@ -158,12 +158,12 @@ class Recording:
                 needed.add(index)
                 operation = self._operations[index]
                 for argument in tensors_of((operation.arguments, operation.keywords)):
-                    pending.append((storage_identity(argument), index))
+                    pending.append((storage_key(argument), index))
         return needed
 
     def _replay(self, operation: _Operation, real: dict[int, torch.UntypedStorage]) -> None:
         if operation.constant is not None:
-            real[storage_identity(operation.outputs[0])] = operation.constant.clone().untyped_storage()
+            real[storage_key(operation.outputs[0])] = operation.constant.clone().untyped_storage()
             return
         arguments, keywords = tree_map_tensors(lambda t: _real(t, real), (operation.arguments, operation.keywords))
         if operation.seed is not None:
@@ -178,22 +178,22 @@ class Recording:
         for output, value in zip(operation.outputs, values, strict=True):
             if value.stride() != output.stride():
                 value = torch.empty_strided(output.size(), output.stride(), dtype=value.dtype).copy_(value)
-            real.setdefault(storage_identity(output), value.untyped_storage())
+            real.setdefault(storage_key(output), value.untyped_storage())
 
 
 def _real(tensor: Tensor, real: dict[int, torch.UntypedStorage]) -> Tensor:
     """Return the real tensor that views the replayed storage as the meta tensor views its own."""
-    storage = real.get(storage_identity(tensor))
+    storage = real.get(storage_key(tensor))
     if storage is None:
         raise ModelError(f"a tensor of shape {list(tensor.shape)} was changed outside torch's operations and can't be initialised")
     return torch.empty(0, dtype=tensor.dtype).set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
-class _Record(TorchDispatchMode):
+class _Record(DispatchMode):
     """Sends every operation to the meta device and writes it down."""
 
     def __init__(self, recording: Recording) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.recording = recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

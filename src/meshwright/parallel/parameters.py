@@ -59,7 +59,7 @@ def collect(module: nn.Module) -> list[Parameter]:
     by_storage: dict[object, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         # An empty tensor has no storage to share: it is told apart by identity.
-        storage = (_torch.storage_identity(parameter), parameter.storage_offset(), parameter.shape, parameter.stride())
+        storage = (_torch.storage_key(parameter), parameter.storage_offset(), parameter.shape, parameter.stride())
         key: object = storage if parameter.numel() else id(parameter)
         by_storage.setdefault(key, []).append((name, parameter))
     table = []

@@ -1,0 +1,300 @@
+"""The tape: the ATen ops of a stretch of a model, the tensors between them, the storages that autograd saves.
+
+A `Recorder` executes (see `execute.py`) and writes to the `Tape` that is current. Tensors get a number when they are
+first seen; an in-place op gives its target a new number. Turning two tapes, taken at two micro-batch sizes, into
+records is `capture.py`'s task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from meshwright._torch import next_node_number, running_node_number, storage_key
+from meshwright.blueprint import costs
+from meshwright.blueprint.execute import Execution, operands, prim_device
+
+_SILENT = ("aten::detach", "aten::lift_fresh", "aten::is_same_size", "aten::_local_scalar_dense", "aten::alias")
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a tensor in a raw op's arguments: `tape.values[number]`."""
+
+    number: int
+
+
+@dataclass
+class Value:
+    """A tensor met on a tape; `role`: `parameter`, `buffer`, `input`, `gradient`, `made`, `constant` (undeclared)."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    storage: int
+    storage_bytes: int
+    role: str
+    name: str = ""
+    producer: int = -1
+    position: int = 0
+    needs_gradient: bool = False
+    declared: bool = False
+
+
+@dataclass
+class RawOp:
+    """One op as dispatched: `args` and `kwargs` hold `Ref`s in place of tensors."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    module: str
+    node: int
+    position: int
+    flops: int
+    read_bytes: int
+    written_bytes: int
+    matmul: tuple[int, int, int, int] | None
+    causal: bool
+
+
+@dataclass
+class RawSaved:
+    """A storage kept by autograd: the first tensor saved from it, and the numbers of all nodes that saved it."""
+
+    value: int
+    nodes: list[int] = field(default_factory=list)
+    bytes: int = 0
+
+
+class Tape:
+    """Ops and values of one stretch; `live_bytes` follows the storages made here, `levels` is the most alive at each
+    op.
+    """
+
+    def __init__(self) -> None:
+        self.ops: list[RawOp] = []
+        self.values: list[Value] = []
+        self.saved: dict[int, RawSaved] = {}
+        self.position = 0
+        self.sealed = False
+        self.live_bytes = 0
+        self.levels: list[int] = []
+        self._high = 0
+        self._numbers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._storages: dict[int, _Storage] = {}
+        self._serials = itertools.count()
+
+    def declare(self, tensor: torch.Tensor, role: str, name: str) -> int:
+        """Number a tensor that exists before the tape begins; its storage is not counted as made here."""
+        storage = self._storage(tensor, role, name, counted=False)
+        number = self._add(tensor, storage, storage.role, name, -1)
+        self.values[number].declared = True
+        return number
+
+    def same(self, tensor: torch.Tensor, source: torch.Tensor) -> None:
+        """`tensor` is `source` under another name (a detached alias): it takes the same number."""
+        self._numbers[id(tensor)] = (weakref.ref(tensor), self.number(source))
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """The number of a tensor; one never seen takes the role of its storage, or `constant`."""
+        known = self._numbers.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        storage = self._storage(tensor, "constant", "")
+        return self._add(tensor, storage, storage.role, storage.name, -1)
+
+    def made(self, tensor: torch.Tensor, producer: int) -> int:
+        """A new number for an op's result."""
+        storage = self._storage(tensor, "made", "")
+        return self._add(tensor, storage, storage.role, "", producer)
+
+    def save(self, tensor: torch.Tensor, node: int) -> None:
+        """Note that the autograd node `node` saves `tensor`."""
+        number = self.number(tensor)
+        size = int(tensor.untyped_storage().nbytes())
+        entry = self.saved.setdefault(self.values[number].storage, RawSaved(number, [], size))
+        entry.nodes.append(node)
+
+    def seal(self) -> None:
+        """The forward is over: what is saved now stays listed, though the backward lets go of it."""
+        self.sealed = True
+        self._high = self.live_bytes
+
+    def level(self) -> None:
+        """An op is done: note the most bytes that were alive since the one before."""
+        self.levels.append(self._high)
+        self._high = self.live_bytes
+
+    def _add(self, tensor: torch.Tensor, storage: _Storage, role: str, name: str, producer: int) -> int:
+        shape, strides = tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride()))
+        number, grad = len(self.values), tensor.requires_grad
+        place = (producer, self.position, grad)
+        self.values.append(Value(shape, strides, tensor.dtype, storage.serial, storage.size, role, name, *place))
+        self._numbers[id(tensor)] = (weakref.ref(tensor), number)
+        return number
+
+    def _storage(self, tensor: torch.Tensor, role: str, name: str, counted: bool = True) -> _Storage:
+        """The entry of a tensor's storage; a new one is alive until Python and autograd have both let go of it."""
+        key = storage_key(tensor)
+        known = self._storages.get(key)
+        if known is not None:
+            return known
+        untyped = tensor.untyped_storage()
+        size = int(untyped.nbytes())
+        serial = next(self._serials)
+
+        def released(_: Any) -> None:
+            """Its address may come again for another storage."""
+            self._storages.pop(key, None)
+            if counted:
+                self.live_bytes -= size
+            if not self.sealed:
+                self.saved.pop(serial, None)  # a part of the graph that led nowhere was dropped
+
+        entry = self._storages[key] = _Storage(serial, size, role, name, weakref.ref(untyped, released))
+        if counted:
+            self.live_bytes += size
+            self._high = max(self._high, self.live_bytes)
+        return entry
+
+
+@dataclass
+class _Storage:
+    """A storage that is alive: a number that is never used again, and what it was declared as."""
+
+    serial: int
+    size: int
+    role: str
+    name: str
+    alive: weakref.ref[Any]
+
+
+class Digest(Tape):
+    """A tape that keeps no more than a fingerprint of the ops, their operands' shapes and their settings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def note(self, func: Any, leaves: list[Any]) -> None:
+        """Add one op; tensors are given by shape and dtype."""
+        self._hash.update(repr((str(func), leaves)).encode())
+
+    def value(self) -> str:
+        """The fingerprint so far."""
+        return self._hash.hexdigest()
+
+    @staticmethod
+    def of(tape: Tape, n_ops: int) -> str:
+        """The fingerprint of the first `n_ops` ops of a full tape."""
+        digest = Digest()
+        for op in tape.ops[:n_ops]:
+            digest.note(op.func, [_described(x, tape.values) for x in (*op.args, *op.kwargs.items())])
+        return digest.value()
+
+
+def _described(value: Any, values: Sequence[Value] = ()) -> Any:
+    """An argument as it enters a digest: tensors by shape and dtype."""
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape), value.dtype)
+    if isinstance(value, Ref):
+        return (values[value.number].shape, values[value.number].dtype)
+    return [_described(item, values) for item in value] if isinstance(value, list | tuple) else value
+
+
+class Recorder(Execution):
+    """Executes and records. Enter it once; choose the tape with `onto(tape)`; `None` records nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tape: Tape | None = None
+        self.modules: list[str] = []
+
+    @contextlib.contextmanager
+    def onto(self, tape: Tape | None) -> Iterator[None]:
+        """Write to `tape` within the block, then to the one before."""
+        before, self.tape = self.tape, tape
+        try:
+            yield
+        finally:
+            self.tape = before
+
+    @contextlib.contextmanager
+    def watching_saved(self) -> Iterator[None]:
+        """Note on the current tape what autograd saves; meant to be entered once around everything."""
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            tape = self.tape
+            if tape is not None and not isinstance(tape, Digest):
+                tape.save(tensor, next_node_number() - 1)
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op and write it down."""
+        kwargs = kwargs or {}
+        result = self.run(func, args, kwargs)
+        if func is not prim_device:
+            self.write(func, args, kwargs, result)
+        return result
+
+    def write(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Put one op on the current tape, with its operands and results."""
+        if self.tape is None:
+            return
+        if func.name().startswith(_SILENT):
+            if func.name().startswith("aten::detach") and not isinstance(self.tape, Digest):
+                self.tape.same(result, args[0])
+        elif isinstance(self.tape, Digest):
+            self.tape.note(func, [_described(x) for x in (*args, *kwargs.items())])
+        else:
+            self._write(self.tape, func, args, kwargs, result)
+
+    def _write(self, tape: Tape, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        numbers: list[int] = []
+
+        def refer(value: Any) -> Any:
+            """A reference in a tensor's place, in lists too."""
+            if isinstance(value, torch.Tensor):
+                numbers.append(tape.number(value))
+                return Ref(numbers[-1])
+            return [refer(item) for item in value] if isinstance(value, list | tuple) else value
+
+        ref_args = tuple(map(refer, args))
+        ref_kwargs = {key: refer(value) for key, value in kwargs.items()}
+        made = operands(result if isinstance(result, tuple | list) else (result,), {})
+        place = len(tape.ops)
+        outputs = tuple(tape.made(tensor, place) for tensor in made)
+        backward = running_node_number()
+        read, written = costs.traffic(func, args, kwargs, result)
+        tape.ops.append(
+            RawOp(
+                func,
+                ref_args,
+                ref_kwargs,
+                tuple(numbers),
+                outputs,
+                self.modules[-1] if self.modules else "",
+                backward if backward >= 0 else next_node_number() - 1,
+                tape.position,
+                costs.flops_of(func, args, kwargs, result),
+                read,
+                written,
+                costs.matmul_shape(func, args),
+                costs.is_causal(func, args, kwargs),
+            )
+        )
+        tape.level()
