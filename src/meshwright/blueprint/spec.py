@@ -11,6 +11,8 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import os
+import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,6 +111,9 @@ def parse_spec(text: str, **overrides: Any) -> ModelSpec:
 
 
 def _check(config: decoder.DecoderConfig, text: str) -> None:
+    low = [name for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "sequence") if getattr(config, name) < 1]
+    if low:
+        raise ConfigError(f"model {text!r}: {low[0]}={getattr(config, low[0])} must be at least 1")
     if (config.hidden % config.heads and not config.head_dim) or config.heads % config.kv_heads:
         raise ConfigError(
             f"model {text!r}: heads={config.heads} must divide hidden={config.hidden} "
@@ -116,9 +121,6 @@ def _check(config: decoder.DecoderConfig, text: str) -> None:
         )
     if config.experts and not 0 < config.topk <= config.experts:
         raise ConfigError(f"model {text!r}: topk={config.topk} must be between 1 and experts={config.experts}")
-    low = [name for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "sequence") if getattr(config, name) < 1]
-    if low:
-        raise ConfigError(f"model {text!r}: {low[0]}={getattr(config, low[0])} must be at least 1")
 
 
 def _library_model(text: str) -> ModelSpec:
@@ -190,10 +192,16 @@ def _number(value: str, kind: str) -> int | float | str:
 
 
 def _import(module: str, name: str, text: str) -> Callable[[], nn.Module]:
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ConfigError(f"model {text!r} can't be imported: {module!r} is not the name of a module")
+    # The installed command does not look in the folder that it is called in, as `python -m` does.
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"model {text!r} can't be imported: {error}") from error
+    except Exception as error:  # whatever a user's file raises while it is imported
+        raise ConfigError(f"model {text!r} can't be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ConfigError(f"model {text!r} is a {type(found).__name__}, not a callable that returns a module")
     return found  # type: ignore[no-any-return]

@@ -431,6 +431,8 @@ class Engine:
         for entry in self.table:
             entry.live.grad = entry.gradient = None
             entry.used = False
+            if entry.gathered is not None:
+                entry.gathered.grad = None
         self._sums = torch.zeros_like(self._sums)
         self._micro_batches = 0
         self._by_hand = False

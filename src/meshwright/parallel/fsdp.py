@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from meshwright import _torch
+from meshwright.errors import ModelError
 from meshwright.parallel.parameters import Parameter, rebind, shard_rows
 from meshwright.parallel.ranks import Ranks
 
@@ -96,6 +97,7 @@ def bind(root: Root, taken: list[Parameter]) -> None:
     by_live = {id(entry.live): entry for entry in taken}
     for sharded, unsharded in _torch.fsdp_unsharded_parameters(root):
         entry = by_live[id(sharded)]
+        entry.gathered = unsharded
         if entry.trainable:
             unsharded.register_post_accumulate_grad_hook(partial(_mark, entry))
 
@@ -120,6 +122,11 @@ def reshard(root: Root) -> None:
 def attach(taken: list[Parameter]) -> None:
     """Set each entry's `gradient` to this rank's rows of the reduced one."""
     for entry in taken:
+        if entry.gathered is not None and entry.gathered.grad is not None:
+            raise ModelError(
+                f"{entry.name} got a gradient after FSDP2 had reduced its unit, as under reentrant activation checkpointing: "
+                "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
         gradient = entry.live.grad
         entry.gradient = None if gradient is None else _torch.local_of(gradient)
 

@@ -25,7 +25,8 @@ class Parameter:
     or this rank's rows of either.
     `rows` is (first, count) of this rank's rows where the master is sharded on dim 0 over `dp_shard`, else None.
     `gradient` is the reduced gradient of the master's shape, between the backward and the update; `used` says whether a
-    backward of the step reached the parameter, on this rank while it runs, on any rank once it is reduced.
+    backward of the step reached the parameter, on this rank while it runs, on any rank once it is reduced. `gathered` is FSDP2's
+    whole tensor, whose memory comes and goes.
     """
 
     names: tuple[str, ...]
@@ -38,6 +39,7 @@ class Parameter:
     rows: tuple[int, int] | None = None
     gradient: Tensor | None = field(default=None, repr=False)
     used: bool = field(default=False, repr=False)
+    gathered: Tensor | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
