@@ -199,10 +199,17 @@ class Buckets:
                 columns.zero_()  # the rows that pad it must count as zero
             for target, source in self._pieces(columns, bucket.entries[index], gradient):
                 target.add_(source)
-        elif again:
-            columns.add_(gradient.reshape(columns.shape))
+            return
+        # Both sides in the gradient's own dims, so that one that is not contiguous is still read in one pass.
+        if self.shards == 1:
+            target = columns.view(gradient.shape)
         else:
-            columns.copy_(gradient.reshape(columns.shape))
+            target = columns.view(self.shards, -1, *gradient.shape[1:])
+            gradient = gradient.unflatten(0, (self.shards, -1))
+        if again:
+            target.add_(gradient)
+        else:
+            target.copy_(gradient)
 
     def _pieces(self, columns: Tensor, entry: Parameter, gradient: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return (part of the columns, part of the gradient) pairs for a gradient that does not fill its columns evenly."""
