@@ -99,6 +99,38 @@ def test_small_updates_are_not_lost_in_bf16(plan: str) -> None:
     assert ranks.run(2, tiny_updates, f"{plan} precision=bf16")[0] == pytest.approx(1 - 3 * 1e-4 / 4, abs=1e-7)
 
 
+class TwoDtypes(nn.Module):
+    """Weights that come in bfloat16 between weights that come in float32: one bucket holds both kinds of masters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(8, 8, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x.to(layer.weight.dtype)))
+        return x
+
+
+def live_follow_masters(plan: str) -> list[str]:
+    torch.manual_seed(6)
+    engine = mw.parallelize(TwoDtypes(), plan, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), loss_fn=_square)
+    before = engine.full_state_dict()
+    for _ in range(2):
+        engine.step(torch.ones(2, 8))
+    masters = engine.full_state_dict()
+    live = engine.module.state_dict()
+    assert all(not torch.equal(before[name], value) for name, value in masters.items())
+    return [name for name, value in masters.items() if not torch.equal(value.to(live[name].dtype), live[name])]
+
+
+@pytest.mark.parametrize("plan", ["ddp", "zero1", "zero2"])
+def test_live_parameters_follow_masters_of_every_dtype(plan: str) -> None:
+    assert ranks.run(2, live_follow_masters, f"{plan} precision=bf16")[0] == []
+
+
 def overflow(plan: str) -> tuple[list[bool], list[float], float]:
     engine = mw.parallelize(_mlp(), plan, optimizer=parity.adamw, loss_fn=lambda o, b: (o.float() ** 2).mean() * 100)
     metrics = [engine.step(torch.ones(2, 8)) for _ in range(4)]

@@ -40,7 +40,7 @@ _ZERO2_SMALLEST_BYTES = 2**20
 _DIGIT = 4096
 
 
-@dataclass
+@dataclass(eq=False)
 class _Bucket:
     """Parameters that travel together, as a matrix [shards, width + tail]; row r is what shard rank r keeps.
 
@@ -307,8 +307,8 @@ class Buckets:
         """Bring the live parameters up to date with the updated masters. Every rank must call it."""
         flying: list[tuple[_Bucket, Tensor, dist.Work]] = []
         for bucket in reversed(self.buckets):
-            if bucket.live_dtype != bucket.entries[0].master.dtype:
-                for entry in bucket.entries:
+            for entry in bucket.entries:
+                if entry.master.dtype != entry.live.dtype:  # a copy in full precision; else they share memory
                     entry.local(entry.live.detach()).copy_(entry.master.detach())
             if not any(id(entry) in self._storage for entry in bucket.entries):
                 continue

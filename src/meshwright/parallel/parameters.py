@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from meshwright import _torch
 
 
-@dataclass
+@dataclass(eq=False)
 class Parameter:
     """One logical parameter.
 
