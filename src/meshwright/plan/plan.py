@@ -20,6 +20,7 @@ AUTO = 0
 
 _DEGREES = ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep")
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "cp_attention": ("auto", "allgather", "ring", "ulysses"),
     "precision": ("fp32", "bf16", "fp16", "fp8"),
     "schedule": ("1f1b", "gpipe", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev", "layerwise"),
 }
@@ -33,6 +34,7 @@ class Plan:
     Degrees (`dp_replicate`, `dp_shard`, `tp`, `cp`, `pp`, `ep`) count ranks along each axis; `AUTO` is resolved by
     `resolve(world_size)`. `zero` says what `dp_shard` ranks divide among themselves: 1 optimizer states, 2 also gradients,
     3 also parameters. `microbatches` is the number of parts that each rank cuts its batch into before one update.
+    `cp_attention` is how attention meets the sequence cut by `cp` (`auto` takes what moves the fewest bytes).
     `data_parallel` is torch's single-process `nn.DataParallel` over the local devices (the plan named `dp`).
     """
 
@@ -49,6 +51,7 @@ class Plan:
     microbatches: int = 1
     recompute: str = "none"
     offload: str = "none"
+    cp_attention: str = "auto"
     precision: str = "fp32"
     compile: bool = False
     data_parallel: bool = False
@@ -138,7 +141,7 @@ class Plan:
         return f"plan {str(self)!r} needs {fixed} ranks, but {ranks} are here: the nearest that works is {hint}"
 
 
-_DATA_PARALLEL: dict[str, dict[str, Any]] = {
+_NAMED: dict[str, dict[str, Any]] = {
     "single": {},
     "dp": {"data_parallel": True},
     "ddp": {"dp_replicate": AUTO},
@@ -147,9 +150,12 @@ _DATA_PARALLEL: dict[str, dict[str, Any]] = {
     "zero3": {"dp_shard": AUTO, "zero": 3},
     "fsdp": {"dp_shard": AUTO, "zero": 3},
     "hsdp": {"dp_replicate": AUTO, "dp_shard": AUTO, "zero": 3},
+    "tp": {"tp": AUTO},
+    "2d": {"dp_shard": AUTO, "tp": AUTO, "zero": 3},
+    "cp": {"cp": AUTO},
     "auto": {"dp_shard": AUTO, "zero": 3},  # until the planner exists: shard everything over the ranks at hand
 }
-NAMED_PLANS = tuple(_DATA_PARALLEL)
+NAMED_PLANS = tuple(_NAMED)
 """The named plans that this version runs."""
 
 
@@ -161,8 +167,8 @@ def _factors(ranks: int, axes: int) -> list[int]:
 
 
 def _named(name: str) -> dict[str, Any]:
-    if name in _DATA_PARALLEL:
-        return _DATA_PARALLEL[name]
+    if name in _NAMED:
+        return _NAMED[name]
     near = difflib.get_close_matches(name.lower(), NAMED_PLANS, n=1, cutoff=0.0)[0]
     raise PlanError(f"unknown plan {name!r}: the nearest is {near!r} (one of {', '.join(NAMED_PLANS)}, or field=value items)")
 
