@@ -1,7 +1,8 @@
 """Applies a resolved Plan to a model, in one fixed order; the page to read first in this room.
 
-model on the meta device (or as given) -> parameter table (ties) -> cuts for tensor parallelism -> FSDP2 units -> memory for what is left on meta, and initial
-values, the same for every mesh -> gradient buckets with full-precision masters. Later axes take their place in this order.
+model on the meta device (or as given) -> parameter table (ties) -> cuts for tensor parallelism -> FSDP2 units -> memory for what is
+left on meta, and initial values, the same for every mesh -> gradient buckets with full-precision masters. Later axes take their
+place in this order.
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     if ranks.group("data") is not None or compute_dtype is not None:
         stage = 0 if plan.dp_shard == 1 else min(plan.zero, 2)
         buckets = Buckets(left, ranks, stage, compute_dtype) if any(entry.trainable for entry in left) else None
+    if partition is not None:
+        partition.show(ranks)
     forward: Callable[..., object] = module
     if plan.data_parallel and torch.cuda.device_count() > 1:
         forward = nn.DataParallel(module)

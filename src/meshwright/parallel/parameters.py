@@ -59,7 +59,7 @@ class Parameter:
     dtype: torch.dtype
     trainable: bool
     rows: tuple[int, int] | None = None
-    whole: torch.Size = torch.Size()
+    whole: torch.Size = field(default_factory=torch.Size)
     cut: Cut | None = None
     in_parts: bool = False
     gradient: Tensor | None = field(default=None, repr=False)
@@ -99,7 +99,7 @@ def collect(module: nn.Module) -> list[Parameter]:
         _, first = entries[0]
         for name, parameter in entries:
             if parameter is not first:
-                _assign(module, name, first)
+                assign(module, name, first)
         trainable = any(parameter.requires_grad for _, parameter in entries)
         first.requires_grad_(trainable)
         names = tuple(name for name, _ in entries)
@@ -114,10 +114,11 @@ def rebind(module: nn.Module, table: list[Parameter]) -> None:
         entry.live = entry.master = current[entry.name]
         for name in entry.names[1:]:
             if current[name] is not entry.live:
-                _assign(module, name, entry.live)
+                assign(module, name, entry.live)
 
 
-def _assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Make `parameter` the one that `module` holds under `name`."""
     owner, _, attribute = name.rpartition(".")
     setattr(module.get_submodule(owner), attribute, parameter)
 

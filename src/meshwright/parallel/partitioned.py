@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from meshwright import _torch
 from meshwright.blueprint.blocks import block_names
 from meshwright.errors import ConfigError, ModelError, PlanError
-from meshwright.parallel.parameters import Cut, Parameter
+from meshwright.parallel.parameters import Cut, Parameter, assign
 from meshwright.parallel.ranks import Ranks
 from meshwright.partition import cuts
 from meshwright.partition.partition import Pass, Policy
@@ -95,6 +96,26 @@ class Partition:
         """Parameters of these modules are whole only while the module is called (FSDP2), and then in the compute dtype."""
         self.units, self._sharded = frozenset(units), frozenset(map(id, sharded))
 
+    def _bound(self) -> dict[str, Tensor]:
+        return {name: entry.live for entry in self.table if id(entry) not in self._sharded for name in entry.names}
+
+    def show(self, ranks: Ranks) -> None:
+        """Put DTensors of true shape in the module's place of the parts that a DTensor can describe; they share the parts' memory.
+
+        For when every part has got its memory. FSDP2 shows its own; parts in several segments stay plain tensors.
+        """
+        for entry in self.table:
+            cut = entry.cut
+            if cut is None or id(entry) in self._sharded or cut.label.repeat > 1 or len(cut.label.segments) > 1:
+                continue
+            assert ranks.mesh is not None
+            stride = torch.empty(entry.whole, device="meta").stride()
+            local = entry.live.detach()
+            shown = DTensor.from_local(local, ranks.mesh["tp"], [Shard(cut.dim)], run_check=False, shape=entry.whole, stride=stride)
+            parameter = nn.Parameter(shown, requires_grad=entry.trainable)
+            for name in entry.names:
+                assign(self.module, name, parameter)
+
     def _dtype(self, entry: Parameter) -> torch.dtype:
         cast = self._compute_dtype is not None and entry.dtype.is_floating_point and id(entry) in self._sharded
         return self._compute_dtype if cast and self._compute_dtype is not None else entry.live.dtype
@@ -154,7 +175,7 @@ class Partition:
                 except Stale:
                     continue
         local = self.local(function, batch)
-        program = Program(local, self.module, self.units, tensors[0].device)
+        program = Program(local, self.module, self.units, tensors[0].device, self._bound())
         programs.insert(0, program)
         del programs[8:]
         with _torch.without_autocast():

@@ -117,6 +117,7 @@ def build_ranks(plan: Plan, device: torch.device | None = None) -> Ranks:
         by_sequence = ids.permute(0, 1, 3, 2).reshape(-1, plan.cp)
         groups["cp"] = DeviceMesh(device.type, by_sequence, mesh_dim_names=("others", "cp")).get_group("cp")
     if plan.tp == 1:
+        assert dist.group.WORLD is not None
         groups["data"] = dist.group.WORLD
     elif plan.tp < world_size:
         by_part = ids.reshape(-1, plan.tp).T.contiguous()

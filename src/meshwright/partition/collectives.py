@@ -50,7 +50,7 @@ class Collective:
         """Run it; autograd runs `back` on the gradient."""
         if not torch.is_grad_enabled() or not tensor.requires_grad:
             return self.ahead(tensor)
-        result: Tensor = _Differentiable.apply(tensor, self.ahead, self.back)
+        result: Tensor = _Differentiable.apply(tensor, self.ahead, self.back)  # type: ignore[no-untyped-call]
         return result
 
     def ahead(self, tensor: Tensor) -> Tensor:
@@ -63,7 +63,8 @@ class Collective:
 
     def where(self) -> tuple[int, Label]:
         """Return the dim that is cut and how."""
-        assert self.dim is not None and self.label is not None
+        assert self.dim is not None
+        assert self.label is not None
         return self.dim, self.label
 
 

@@ -111,7 +111,7 @@ def _ulysses(run: Any, op: Any, attention: Attention, operands: list[Any]) -> No
     by_heads = run.fresh(op.outputs[0])
     run.emit(func, refs, {}, [(by_heads, cut(1, whole_dim(heads)))])
     state = run.states[operands[0].number]
-    back = Exchange(heads_axis, (1, whole_dim(heads)), (2, state.label), run.axis)  # type: ignore[arg-type]
+    back = Exchange(heads_axis, (1, whole_dim(heads)), (2, state.label), run.axis)
     run.emit(back, (Ref(run.own[by_heads]),), {}, [(op.outputs[0], state)])
 
 
@@ -156,7 +156,7 @@ class Ring(Collective):
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
         """Return [B, H, S here, D] for keys and values [B, G, S here, D] of every rank."""
-        result: Tensor = _Ring.apply(query, key, value, self)
+        result: Tensor = _Ring.apply(query, key, value, self)  # type: ignore[no-untyped-call]
         return result
 
     def pairs(self, source: int) -> list[tuple[slice, slice, bool]]:

@@ -39,7 +39,7 @@ class LogSoftmax(Collective):
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return this rank's part of the log-probabilities."""
-        result: Tensor = _LogSoftmax.apply(tensor, self.dim, self.axis)
+        result: Tensor = _LogSoftmax.apply(tensor, self.dim, self.axis)  # type: ignore[no-untyped-call]
         return result
 
 

@@ -210,7 +210,7 @@ class Pass:
             if number in self.weights and have == WHOLE:
                 self.wanted.add(self.source.parameters[self.weights[number]])
             return self._apply(Take(axis, want.dim, want.label, have == COPIED or not graded), number, local, want)
-        assert have.is_cut and have.label is not None
+        assert have.label is not None
         if want.is_cut:
             gathered = self.get(number, COPIED)
             return self._from(number, gathered, COPIED, want, graded)
@@ -381,7 +381,7 @@ class Pass:
         for number in op.inputs:
             self.resolve(number)
         inputs = [n for n in op.inputs if n in self.graded]
-        whole = any(not self.states[n].kind == "copied" for n in inputs)
+        whole = any(self.states[n].kind != "copied" for n in inputs)
         state = WHOLE if whole or not inputs else COPIED
         if is_opaque(op):  # what it does with its parameters is not seen: their gradients are parts where all are
             state = COPIED if self.policy.copied is None else WHOLE

@@ -38,11 +38,15 @@ class _Segment:
 
 
 class Program:
-    """Runs a local trace on the module's parameters and buffers as they are when it is called."""
+    """Runs a local trace on the module's buffers and parameters as they are when it is called."""
 
-    def __init__(self, trace: Trace, model: nn.Module, units: frozenset[str], device: torch.device) -> None:
-        """Generate the code; `units` are the modules inside whose calls their ops must run."""
-        self.trace, self.model, self.device = trace, model, device
+    def __init__(
+        self, trace: Trace, model: nn.Module, units: frozenset[str], device: torch.device, bound: dict[str, Tensor] | None = None
+    ) -> None:
+        """Generate the code; `units` are the modules inside whose calls their ops must run. `bound` gives the tensors to compute
+        with for parameters by name; the module is asked for those that it does not hold.
+        """
+        self.trace, self.model, self.device, self.bound = trace, model, device, bound or {}
         self.recorded = any(op.grad for op in trace.ops)
         self.graded = trace.graded()
         outputs = trace.output_numbers()
@@ -128,13 +132,19 @@ class Program:
         graph = fx.Graph()
         nodes: dict[int, fx.Node] = {n: graph.placeholder(f"v{n}") for n in segment.takes}
         for number in state:
-            name = self.trace.parameters.get(number) or self.trace.buffers.get(number)
-            if name is not None:
+            name = self.trace.parameters.get(number, self.trace.buffers.get(number, ""))
+            if name in self.bound:
+                continue
+            if name:
                 owner, _, attribute = name.rpartition(".")
                 segment.names.append((self.model.get_submodule(owner), attribute))
                 nodes[number] = graph.placeholder("p_" + name.replace(".", "_"))
         for number in state:
-            if number in self.trace.constants:
+            name = self.trace.parameters.get(number, "")
+            if name in self.bound:
+                segment.held.append(self.bound[name])
+                nodes[number] = graph.placeholder("p_" + name.replace(".", "_"))
+            elif number in self.trace.constants:
                 segment.held.append(self.trace.constants[number].to(self.device))
                 nodes[number] = graph.placeholder(f"c{number}")
         for op in segment.ops:

@@ -171,10 +171,9 @@ def _attention(run: Pass, op: TracedOp) -> bool:
     for operand in operands:
         if isinstance(operand, Ref):
             run.resolve(operand.number)
-    query, key, value, mask = operands
-    if _state(run, query).is_cut and _state(run, query).dim == 2 and run.policy.sequence:
+    state = _state(run, operands[0])
+    if state.is_cut and state.dim == 2 and run.policy.sequence:
         return context_attention(run, op, attention, operands)
-    state = _state(run, query)
     if state.is_cut and state.dim == 1 and _by_heads(run, op, attention, operands, state):
         return True
     run.plain(_step(run, op, attention, tuple(operands), op.outputs[:1]))

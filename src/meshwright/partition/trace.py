@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 
 from meshwright import _torch
 from meshwright._torch import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
@@ -282,7 +283,7 @@ def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
-class _HostReads(_torch.FunctionMode):
+class _HostReads(TorchFunctionMode):
     """Sees the ways by which Python reads a tensor's values that are no ops."""
 
     def __init__(self, tracer: _Tracer) -> None:

@@ -93,6 +93,8 @@ class Plan:
             key, equals, value = item.partition("=")
             given = {key: _value(key, value)} if equals else _named(item)
             for name in values.keys() & given.keys():
+                if values[name] == AUTO and name in _DEGREES:
+                    continue  # a named plan's open degree, now given
                 raise PlanError(f"{name} is given twice in {text!r}: {item!r} contradicts what stands before it")
             values |= given
         plan = cls(**values)
