@@ -89,6 +89,9 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     root: fsdp.Root | None = None
     sharded: list[Parameter] = []
     if plan.dp_shard > 1 and plan.zero == 3:
+        if partition is not None:
+            partition.as_dtensors(fsdp.shardable(table), ranks)
+            rebind(module, table)
         root, sharded = fsdp.shard(module, block_names(module), table, ranks, compute_dtype)
         if partition is not None:
             partition.gathered_in(fsdp.unit_names(root), sharded)
@@ -104,7 +107,7 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
         stage = 0 if plan.dp_shard == 1 else min(plan.zero, 2)
         buckets = Buckets(left, ranks, stage, compute_dtype) if any(entry.trainable for entry in left) else None
     if partition is not None:
-        partition.show(ranks)
+        partition.as_dtensors(left, ranks)
     forward: Callable[..., object] = module
     if plan.data_parallel and torch.cuda.device_count() > 1:
         forward = nn.DataParallel(module)

@@ -99,14 +99,16 @@ class Partition:
     def _bound(self) -> dict[str, Tensor]:
         return {name: entry.live for entry in self.table if id(entry) not in self._sharded for name in entry.names}
 
-    def show(self, ranks: Ranks) -> None:
-        """Put DTensors of true shape in the module's place of the parts that a DTensor can describe; they share the parts' memory.
+    def as_dtensors(self, entries: list[Parameter], ranks: Ranks) -> None:
+        """Put DTensors of true shape in the module, in the place of those parts that a DTensor can describe; they share memory.
 
-        For when every part has got its memory. FSDP2 shows its own; parts in several segments stay plain tensors.
+        Parts in several segments, and uneven ones, stay plain tensors: a DTensor would join them in another order.
         """
-        for entry in self.table:
+        for entry in entries:
             cut = entry.cut
-            if cut is None or id(entry) in self._sharded or cut.label.repeat > 1 or len(cut.label.segments) > 1:
+            if cut is None or isinstance(entry.live, DTensor) or cut.label.repeat > 1 or len(cut.label.segments) > 1:
+                continue
+            if not cut.axis.divides(cut.label):
                 continue
             assert ranks.mesh is not None
             stride = torch.empty(entry.whole, device="meta").stride()

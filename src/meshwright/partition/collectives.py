@@ -61,6 +61,12 @@ class Collective:
         """Return the gradient of what came in from that of what went out."""
         raise NotImplementedError
 
+    def traffic(self, given: list[int], made: list[int], shape: tuple[int, ...]) -> list[tuple[str, str, int]]:
+        """Return (phase, collective, bytes) of what it sends, for operands and results of these bytes; `shape` is the first's."""
+        size = max(given[0], *made) if made else given[0] * self.axis.size
+        both = (("forward", self.forward), ("backward", self.backward))
+        return [(phase, name, given[0] if name == "all_to_all" else size) for phase, name in both if name]
+
     def where(self) -> tuple[int, Label]:
         """Return the dim that is cut and how."""
         assert self.dim is not None

@@ -159,6 +159,12 @@ class Ring(Collective):
         result: Tensor = _Ring.apply(query, key, value, self)  # type: ignore[no-untyped-call]
         return result
 
+    def traffic(self, given: list[int], made: list[int], shape: tuple[int, ...]) -> list[tuple[str, str, int]]:
+        """Keys and values go around once in each direction, their gradients a full round to come home."""
+        pair = given[1] + given[2]
+        once = [(phase, "send_receive", pair) for phase in ("forward", "backward")] * (self.axis.size - 1)
+        return once + [("backward", "send_receive", pair)] * self.axis.size
+
     def pairs(self, source: int) -> list[tuple[slice, slice, bool]]:
         """Which of this rank's query positions see which of rank `source`'s key positions, and whether causally."""
         assert self.label is not None

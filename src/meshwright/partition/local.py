@@ -37,6 +37,12 @@ class LogSoftmax(Collective):
     forward = "all_reduce"
     backward = "all_reduce"
 
+    def traffic(self, given: list[int], made: list[int], shape: tuple[int, ...]) -> list[tuple[str, str, int]]:
+        """One number per row: the largest, the sum, and the gradient's sum."""
+        assert self.dim is not None
+        row = given[0] // shape[self.dim]
+        return [("forward", "all_reduce", row), ("forward", "all_reduce", row), ("backward", "all_reduce", row)]
+
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return this rank's part of the log-probabilities."""
         result: Tensor = _LogSoftmax.apply(tensor, self.dim, self.axis)  # type: ignore[no-untyped-call]

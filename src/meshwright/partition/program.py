@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor
 
 from meshwright import _torch
 from meshwright.blueprint.tape import Ref
 from meshwright.partition.arguments import writes
-from meshwright.partition.collectives import Collective
 from meshwright.partition.local import KeepSlice
 from meshwright.partition.trace import Guard, Trace, TracedOp, is_opaque
 
@@ -70,16 +70,6 @@ class Program:
     def code(self) -> str:
         """The generated Python, a function per segment."""
         return "\n".join(segment.code.code for segment in self.segments if segment.code is not None)  # type: ignore[attr-defined]
-
-    def collectives(self) -> list[tuple[Collective, tuple[int, ...], torch.dtype, str]]:
-        """Every collective op in order, with the shape and dtype of the tensor that travels, and its module."""
-        found = []
-        for op in self.ops:
-            if isinstance(op.func, Collective) and (op.func.forward or op.func.backward):
-                travels = op.outputs[0] if op.func.forward == "all_gather" and op.outputs else op.inputs[0]
-                value = self.trace.values[travels]
-                found.append((op.func, value.shape, value.dtype, op.module))
-        return found
 
     def _inputs(self, leaves: list[Tensor]) -> dict[int, Tensor]:
         return {number: leaves[place] for number, place in self.trace.inputs.items()}
@@ -195,7 +185,7 @@ def _lookup(owner: nn.Module, name: str) -> Tensor:
     found = owner._parameters.get(name)
     tensor = owner._buffers[name] if found is None else found
     assert tensor is not None
-    return tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _has_effect(op: TracedOp) -> bool:
