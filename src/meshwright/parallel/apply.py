@@ -100,7 +100,7 @@ def _make_plain(entry: Parameter) -> None:
 def refuse_unavailable(plan: Plan) -> None:
     """Raise `PlanError` for a legal plan that this version does not execute yet."""
     default = Plan()
-    for name in ("tp", "sp", "cp", "pp", "ep", "schedule", "virtual", "recompute", "offload", "compile"):
+    for name in ("tp", "sp", "cp", "pp", "ep", "schedule", "virtual", "split", "recompute", "offload", "compile"):
         if getattr(plan, name) != getattr(default, name):
             item = str(Plan(**{name: getattr(plan, name)})) if name != "sp" else "sp=on"
             raise PlanError(f"{item} is not available in this version: leave {name} out; dp_replicate, dp_shard and zero are")
