@@ -6,7 +6,7 @@ Each borrowed name has a line saying why it is needed; everything else in the pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import UnsupportedOperatorException as UnsupportedOperatorException
 from torch.distributed.fsdp import FSDPModule
+
+# A mode that sees every call of a torch function or tensor method.
+from torch.overrides import TorchFunctionMode as FunctionMode  # noqa: F401
 
 # Nested containers of tensors; torch has no public name for them.
 from torch.utils import _pytree as pytree
@@ -91,6 +94,38 @@ def fsdp_reset(root: FSDPModule) -> None:
         reset()
 
 
+@contextmanager
+def fsdp_silenced(root: nn.Module) -> Iterator[None]:
+    """Run modules below `root` without FSDP2's forward hooks, which would gather and free parameters."""
+    kept = []
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            kept.append((module, module._forward_pre_hooks, module._forward_hooks))
+            module._forward_pre_hooks = _without_fsdp(module._forward_pre_hooks)
+            module._forward_hooks = _without_fsdp(module._forward_hooks)
+    try:
+        yield
+    finally:
+        for module, before, after in kept:
+            module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def _without_fsdp(hooks: Any) -> Any:
+    return type(hooks)((key, hook) for key, hook in hooks.items() if "fsdp" not in _home(hook))
+
+
+def _home(hook: Any) -> str:
+    wrapped = getattr(hook, "__wrapped__", hook)
+    owner = getattr(wrapped, "__self__", None)
+    return f"{getattr(wrapped, '__module__', '')} {type(owner).__module__}".lower()
+
+
+def without_autocast() -> Any:
+    """Return a context without autocast: a program's casts are its own ops."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 def seeded_default_generators(device: torch.device) -> list[torch.Generator]:
     """Return the generators that dropout draws from on this rank: the CPU's, and the CUDA device's if there is one."""
     generators = [torch.default_generator]
@@ -102,6 +137,14 @@ def seeded_default_generators(device: torch.device) -> list[torch.Generator]:
 def tree_map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """Return `tree` (nested tuples, lists, dicts, dataclasses that torch knows) with `function` applied to each tensor."""
     return pytree.tree_map_only(Tensor, function, tree)
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """Return every leaf of a nested container, in order."""
+    return list(pytree.tree_leaves(tree))
+
+
+prim_device = torch.ops.prim.device.default
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -119,6 +162,44 @@ def outside_modes() -> Iterator[None]:
 def no_torch_function() -> Any:
     """Return a context in which no torch-function mode sees what is done; a dispatch handler needs it to look at tensors."""
     return torch._C.DisableTorchFunction()
+
+
+# Attention with its log-sum-exp (partition/context.py): torch's public function keeps it to itself
+
+
+def has_attention_kernel(dtype: torch.dtype) -> bool:
+    """Whether there is a kernel that returns the log-sum-exp, for this dtype and the device at hand."""
+    return dtype in (torch.float16, torch.bfloat16) or not torch.cuda.is_available()
+
+
+def logsum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the log-sum-exp for queries of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def attention_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Return (attention [B, H, S, D], log-sum-exp [B, H, S]) of equal heads. Tried on CPU; the CUDA call is by its schema."""
+    if query.device.type == "cpu":
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+    else:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
+    return found[0], found[1]
+
+
+def attention_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsum: Tensor, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value, from the attention and log-sum-exp over all keys, these being some of them."""
+    logsum = logsum.contiguous()
+    if query.device.type == "cpu":
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        found = kernel(gradient, query, key, value, out, logsum, 0.0, causal, scale=scale)
+    else:
+        seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        sizes = (None, None, query.shape[2], key.shape[2])
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        found = kernel(gradient, query, key, value, out, logsum, *sizes, 0.0, causal, seed, seed, scale=scale)
+    return found[0], found[1], found[2]
 
 
 # Capture (blueprint/) and deferred initialisation

@@ -31,8 +31,9 @@ from meshwright.engine.optimizer import BoundOptimizer, OptimizerFactory
 from meshwright.engine.precision import LossScale, autocast, dtype_contract, match_norm_inputs
 from meshwright.errors import ConfigError, DataError, ModelError, TrainingError
 from meshwright.parallel import fsdp
-from meshwright.parallel.apply import COMPUTE_DTYPES, apply, refuse_unavailable
+from meshwright.parallel.apply import COMPUTE_DTYPES, Reading, apply, refuse_unavailable
 from meshwright.parallel.materialise import derive_seed
+from meshwright.parallel.partitioned import needs_example, sum_parts
 from meshwright.parallel.ranks import build_ranks, connect
 from meshwright.plan import Plan
 
@@ -83,7 +84,8 @@ def parallelize(
     count_fn: how many items a batch holds; by default `loss_fn.count` if there is one, else its rows.
     forward_fn: `forward_fn(model, batch)` in place of the rule by the batch's type (a dict calls `model` with the entries that
         its forward accepts, a tuple or list with its first element, a tensor with itself).
-    example_batch: what a rank under zero=3 that has seen no batch yet computes on, to keep its peers company.
+    example_batch: a batch like those to come (any number of rows). Under tp and cp the model is read from it; under zero=3 a
+        rank that has seen no batch yet computes on it, to keep its peers company.
     clip_grad_norm: the largest gradient norm that an update may use.
     on_nonfinite: `stop` raises `TrainingError` on every rank, `skip` leaves the weights as they were; both before the update.
     lr_schedule: `lr_schedule(step)` is what the learning rates are multiplied by in optimizer step 0, 1, ...
@@ -147,7 +149,8 @@ class Engine:
         self.plan = plan
         self.ranks = build_ranks(plan, device)
         self._settings = settings
-        self._applied = apply(model, plan, self.ranks, settings.seed)
+        needs_example(plan, example_batch)
+        self._applied = apply(model, plan, self.ranks, settings.seed, Reading(self._function, plain(example_batch)))
         self.module = self._applied.module
         self.table = self._applied.table
         self.bound = BoundOptimizer(optimizer, self.table, self.ranks) if optimizer else None
@@ -156,9 +159,7 @@ class Engine:
         self.steps = 0
         self.loss_scale = LossScale.of(plan.precision)
         match_norm_inputs(self.module, plan.precision, self.ranks.device)
-        self._call = caller(self.module, self._applied.forward, COMPUTE_DTYPES[plan.precision])
-        if settings.forward_fn is not None:
-            self._call = lambda batch: settings.forward_fn(self._applied.forward, batch)  # type: ignore[misc,arg-type]
+        self._call = self._caller(self.module, self._applied.forward)
         Engine._opened += 1  # engines are made in the same order on every rank, so the count names this one on all of them
         self._ledger = Ledger(self.ranks.rank, self.ranks.world_size, f"engine-{Engine._opened}", timeout_s=1800.0)
         self._spare = example_batch
@@ -216,7 +217,7 @@ class Engine:
                     self._keep_company(part)
             else:
                 part = to_device(part, self.ranks.device)
-                loss = self._run(lambda: self._loss(self._call(part), part))
+                loss = self._loss_of(part)
                 self._add(loss, count)
                 self._begin(last)
                 self._differentiate(loss, count)
@@ -224,6 +225,32 @@ class Engine:
                     self._spare = part
             if self._applied.buckets is not None:
                 self._applied.buckets.finish()
+
+    def _caller(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[[Any], Any]:
+        forward_fn = self._settings.forward_fn
+        if forward_fn is not None:
+            return lambda batch: forward_fn(forward, batch)  # type: ignore[arg-type]
+        return caller(module, forward, COMPUTE_DTYPES[self.plan.precision])
+
+    def _function(self, module: nn.Module) -> Callable[[Any], Any]:
+        """Return what is traced before there is anything to run: from a batch to its loss, or to the output without a loss_fn."""
+        call = self._caller(module, module)
+        return call if self._settings.loss_fn is None else lambda batch: self._loss(call(batch), batch)
+
+    def _output_of(self, batch: Any) -> Any:
+        """Return the model's output, by this rank's program where the plan partitions the model."""
+        partition = self._applied.partition
+        return self._run(lambda: self._call(batch) if partition is None else partition.run("output", self._call, batch))
+
+    def _loss_of(self, batch: Any) -> Tensor:
+        """Return the loss of the model's output, computed in one go (with cut logits, say)."""
+        partition = self._applied.partition
+
+        def compute(batch: Any) -> Tensor:
+            return self._loss(self._call(batch), batch)
+
+        loss: Tensor = self._run(lambda: compute(batch) if partition is None else partition.run("loss", compute, batch))
+        return loss
 
     def _loss(self, output: Any, batch: Any) -> Tensor:
         if self._settings.loss_fn is None:
@@ -244,7 +271,7 @@ class Engine:
         """
         batch = plain(batch)
         if not torch.is_grad_enabled():
-            return self._without_backward(batch)[0]
+            return self._without_backward(self._output_of, batch)
         if self._applied.buckets is not None and self._applied.buckets.reduced:
             raise ConfigError("full_gradients() has summed this step's gradients over the ranks: call optimizer_step() before more")
         if not self._by_hand:
@@ -253,7 +280,7 @@ class Engine:
         count = int(self._settings.count_fn(batch))
         self._expect(count)
         self._uncounted = count + (self._uncounted or 0)
-        output = self._run(lambda: self._call(to_device(batch, self.ranks.device)))
+        output = self._output_of(to_device(batch, self.ranks.device))
         if count == 0:
             self._without_items += [tensor for tensor in _torch.tensors_of(output) if tensor.requires_grad]
         return output
@@ -321,7 +348,7 @@ class Engine:
             fsdp.reduce_on_last(self._applied.root, last or by_hand)
 
     def _add(self, loss: Tensor, count: int) -> None:
-        if count:
+        if count and self.ranks.cp_rank == 0:  # its peers have the same loss of the same rows
             self._sums[0] += loss.detach().double() * count
             self._sums[1] += count
 
@@ -332,7 +359,7 @@ class Engine:
     def _expect(self, count: int) -> None:
         """Before the first step agree on the number of items that losses are divided by: one number, all-reduced once."""
         if self._expected is None:
-            total = torch.tensor(float(count), dtype=torch.float64, device=self.ranks.device)
+            total = torch.tensor(float(count) * self.ranks.speaks, dtype=torch.float64, device=self.ranks.device)
             if self.ranks.mesh is not None:
                 dist.all_reduce(total)
             self._expected = max(1.0, total.item())
@@ -341,7 +368,7 @@ class Engine:
         """Send the collectives of a forward and backward under zero=3 without adding to any gradient."""
         batch = self._stand_in(part)
         used = [entry.used for entry in self._applied.sharded]
-        output = self._run(lambda: self._call(to_device(batch, self.ranks.device)))
+        output = self._output_of(to_device(batch, self.ranks.device))
         # A batch without items may make an output that is not finite, which even a gradient of zero turns into NaN.
         tensors = [tensor for tensor in _torch.tensors_of(output) if tensor.requires_grad]
         differentiable = [tensor for tensor in tensors if tensor.isfinite().all()] or tensors
@@ -371,13 +398,14 @@ class Engine:
                 gradient = entry.live.grad
                 entry.gradient = gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
         fsdp.attach(applied.sharded)
-        share = norm.square_sum(self.table, self.plan.dp_replicate, self.data_ranks)
-        if not any(entry.sharded for entry in self.table):
+        sum_parts(self.table, self.ranks)
+        share = norm.square_sum(self.table, self.ranks)
+        if not any(entry.sharded or entry.cut for entry in self.table):
             loss_sum, items = sums.tolist()
-            return loss_sum, items, math.sqrt(share.item() * self.data_ranks)
+            return loss_sum, items, math.sqrt(share.item() * self.ranks.world_size)
         flags = [float(entry.used) for entry in applied.sharded]
         flags_there = torch.tensor(flags, dtype=torch.float64, device=share.device)
-        mine = torch.cat([self._sums, share[None], flags_there])
+        mine = torch.cat([self._sums * self.ranks.speaks, share[None], flags_there])
         dist.all_reduce(mine)  # 8 * (3 + parameters) bytes over every rank
         loss_sum, items, square, *users = mine.tolist()
         for entry, count in zip(applied.sharded, users, strict=True):
@@ -420,7 +448,7 @@ class Engine:
         if self._applied.batch_norms and self.ranks.mesh is not None:
             flat = torch.cat([buffer.flatten() for buffer in self._applied.batch_norms])
             dist.all_reduce(flat)  # the running means and variances, over every rank
-            flat /= self.data_ranks
+            flat /= self.ranks.world_size
             sizes = [buffer.numel() for buffer in self._applied.batch_norms]
             for buffer, part in zip(self._applied.batch_norms, flat.split(sizes), strict=True):
                 buffer.copy_(part.view_as(buffer))
@@ -472,11 +500,11 @@ class Engine:
         part = plain(batch)
         count = int(self._settings.count_fn(part)) if part is not None else 0
         if count or self._applied.sharded:
-            output, on_device = self._infer(part if count else self._stand_in(part))
-            if count:
-                with autocast(self.plan.precision, self.ranks.device):
-                    sums[0] = self._loss(output, on_device).double() * count
-                sums[1] = count
+            loss = self._evaluating(
+                lambda batch: self._loss_of(batch) if count else self._output_of(batch), part if count else self._stand_in(part)
+            )
+            if count and self.ranks.speaks:
+                sums[0], sums[1] = loss.double() * count, count
         if self.ranks.mesh is not None:
             dist.all_reduce(sums)  # (loss, items) over every rank
         loss_sum, items = sums.tolist()
@@ -488,25 +516,25 @@ class Engine:
     def infer(self, batch: Any) -> Any:
         """Return the model's output for a batch, in evaluation mode; every rank must call it, with its own or the same batch."""
         self._enter_call()
-        return self._infer(plain(batch))[0]
+        return self._evaluating(self._output_of, plain(batch))
 
-    def _infer(self, batch: Any) -> tuple[Any, Any]:
+    def _evaluating(self, function: Callable[[Any], Any], batch: Any) -> Any:
+        """Return a function of a batch in evaluation mode."""
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         try:
-            return self._without_backward(batch)
+            return self._without_backward(function, batch)
         finally:
             for module, training in modes:
                 module.training = training
 
-    def _without_backward(self, batch: Any) -> tuple[Any, Any]:
-        """Return the output for a batch, and the batch on the device."""
-        on_device = to_device(batch, self.ranks.device)
-        output = self._run(lambda: self._call(on_device))
+    def _without_backward(self, function: Callable[[Any], Any], batch: Any) -> Any:
+        """Return a function of a batch, on the device."""
+        result = function(to_device(batch, self.ranks.device))
         if self._applied.root is not None:
             # FSDP2 would keep the root gathered for a backward that never comes, and not notice an update or load in between.
             fsdp.reshard(self._applied.root)
-        return output, on_device
+        return result
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Iterate a loader whose length may differ between ranks: yields None on a rank that is done until all are."""

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from meshwright.parallel.parameters import Parameter
+from meshwright.parallel.ranks import Ranks
 
 CLIP_EPSILON = 1e-6
 """What `torch.nn.utils.clip_grad_norm_` adds to the norm before dividing by it."""
 
 
-def square_sum(table: list[Parameter], replicas: int, data_ranks: int) -> Tensor:
+def square_sum(table: list[Parameter], ranks: Ranks) -> Tensor:
     """Return this rank's share of the squared gradient norm: a scalar whose sum over all ranks is the whole.
 
-    Rows sharded over `dp_shard` stand on `replicas` ranks each, an unsharded gradient on all `data_ranks`. A tied weight is one
-    entry of the table and counts once. A float64 scalar on the gradients' device.
+    An element stands on every rank, less those axes that divide it: rows over `dp_shard`, a cut dim over `tp`. A tied weight is
+    one entry of the table and counts once. A float64 scalar on the gradients' device.
     """
     total = torch.zeros((), dtype=torch.float64, device=table[0].live.device)
-    for sharded, copies in ((True, replicas), (False, data_ranks)):
-        gradients = [e.gradient for e in table if e.gradient is not None and e.sharded == sharded and e.gradient.numel()]
+    for sharded, cut in itertools.product((True, False), repeat=2):
+        alike = [e for e in table if e.sharded == sharded and (e.cut is not None) == cut]
+        gradients = [e.gradient for e in alike if e.gradient is not None and e.gradient.numel()]
         if not gradients:
             continue
+        copies = ranks.world_size // ((ranks.size("dp_shard") if sharded else 1) * (ranks.size("tp") if cut else 1))
         norms = torch.stack(torch._foreach_norm(gradients))
         total += norms.double().square().sum() / copies
     return total

@@ -59,9 +59,16 @@ class BoundOptimizer:
             raise ConfigError(
                 f"{type(self.torch).__name__} needs to evaluate the loss again in its step: use AdamW, SGD or another"
             )
+        elementwise = type(self.torch) in _ELEMENTWISE
+        cut = next((entry.name for entry in trainable if entry.cut is not None), None)
+        if not elementwise and cut is not None:
+            raise ConfigError(
+                f"{type(self.torch).__name__} may read a whole matrix, and tp={ranks.size('tp')} divides {cut}: use an "
+                "elementwise optimizer such as AdamW or SGD, or tp=1"
+            )
         self._group = ranks.group("dp_shard")
         self._owners: dict[int, int] = {}
-        if type(self.torch) not in _ELEMENTWISE and self._group is not None:
+        if not elementwise and self._group is not None:
             self._owners = _assign([entry for entry in trainable if entry.sharded], self._group.size())
         self.entries: list[Parameter] = []
         self._updated: dict[int, nn.Parameter] = {}
@@ -191,9 +198,12 @@ def _pad(local: Tensor, entry: Parameter, ranks: int) -> Tensor:
 
 def _cut(value: Any, entry: Parameter, parameter: Tensor) -> Any:
     """Return this rank's rows of a state that was made for the whole parameter."""
-    if not isinstance(value, Tensor) or value.shape != entry.shape:
+    if not isinstance(value, Tensor) or value.shape not in (entry.shape, entry.whole):
         return value
-    local = value.to_local() if isinstance(value, DTensor) else entry.local(value)
+    if isinstance(value, DTensor):
+        local = value.to_local()
+    else:
+        local = entry.local(value) if value.shape == entry.whole else entry.own_rows(value)
     return local.to(device=parameter.device, dtype=parameter.dtype, copy=True)
 
 

@@ -16,10 +16,16 @@ if TYPE_CHECKING:
 
 
 def gather_rows(entry: Parameter, local: Tensor, ranks: Ranks) -> Tensor:
-    """Return the whole of a tensor of `entry`'s shape from each rank's rows; every rank must call it.
+    """Return the whole of a tensor of `entry`'s whole shape from each rank's rows of its part; every rank must call it.
 
-    An all-gather over `dp_shard` of ceil(rows / ranks) rows each; a tensor that is not sharded is returned as it is.
+    An all-gather over `dp_shard` of ceil(rows / ranks) rows each, then one over `tp` of the parts; a tensor that is neither
+    sharded nor cut is returned as it is.
     """
+    part = _gather_part(entry, local, ranks)
+    return part if entry.cut is None else entry.cut.join(part)
+
+
+def _gather_part(entry: Parameter, local: Tensor, ranks: Ranks) -> Tensor:
     group = ranks.group("dp_shard")
     if not entry.sharded or group is None:
         return local

@@ -1,6 +1,6 @@
 """Applies a resolved Plan to a model, in one fixed order; the page to read first in this room.
 
-model on the meta device (or as given) -> parameter table (ties) -> FSDP2 units -> memory for what is left on meta, and initial
+model on the meta device (or as given) -> parameter table (ties) -> cuts for tensor parallelism -> FSDP2 units -> memory for what is left on meta, and initial
 values, the same for every mesh -> gradient buckets with full-precision masters. Later axes take their place in this order.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from meshwright.errors import ModelError, PlanError
 from meshwright.parallel import fsdp, materialise
 from meshwright.parallel.buckets import Buckets
 from meshwright.parallel.parameters import Parameter, collect, rebind
+from meshwright.parallel.partitioned import Partition, axes
 from meshwright.parallel.ranks import Ranks
 from meshwright.plan import Plan
 
@@ -36,7 +38,7 @@ class Applied:
 
     `sharded` are the entries that FSDP2 holds; then everything that touches parameters runs inside `root`. `buckets` reduces the
     others (None where one rank trains in its own dtype, and autograd's gradients are used as they are). `batch_norms` are the
-    statistics that are averaged over ranks after each step.
+    statistics that are averaged over ranks after each step. Under `tp` and `cp` the model runs by the programs of `partition`.
     """
 
     module: nn.Module
@@ -46,9 +48,18 @@ class Applied:
     root: fsdp.Root | None
     buckets: Buckets | None
     batch_norms: list[Tensor] = field(default_factory=list)
+    partition: Partition | None = None
 
 
-def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, seed: int) -> Applied:
+@dataclass(frozen=True)
+class Reading:
+    """How the model is read before its weights are cut: `function(module)` gives what is to be traced, on the batch `example`."""
+
+    function: Callable[[nn.Module], Callable[[Any], Any]]
+    example: Any
+
+
+def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, seed: int, reading: Reading) -> Applied:
     """Make `model` run under `plan` on `ranks`, in place for a module. Every rank must call it with the same arguments.
 
     Raises `PlanError` for what this version can't run, `ModelError` for a model that can't be built or initialised.
@@ -69,10 +80,17 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     if ranks.world_size > 1 or compute_dtype is not None:
         for entry in table:
             _make_plain(entry)
+    partition = None
+    if axes(plan):
+        partition = Partition(module, table, plan, ranks, compute_dtype)
+        partition.choose(reading.function(module), reading.example)
+        partition.apply(table)
     root: fsdp.Root | None = None
     sharded: list[Parameter] = []
     if plan.dp_shard > 1 and plan.zero == 3:
         root, sharded = fsdp.shard(module, block_names(module), table, ranks, compute_dtype)
+        if partition is not None:
+            partition.gathered_in(fsdp.unit_names(root), sharded)
     if recording is not None:
         (root or module).to_empty(device=ranks.device)
         rebind(module, table)
@@ -81,13 +99,13 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
         fsdp.bind(root, sharded)
     left = [entry for entry in table if entry.shape.numel() and not any(entry is taken for taken in sharded)]
     buckets = None
-    if ranks.world_size > 1 or compute_dtype is not None:
+    if ranks.group("data") is not None or compute_dtype is not None:
         stage = 0 if plan.dp_shard == 1 else min(plan.zero, 2)
         buckets = Buckets(left, ranks, stage, compute_dtype) if any(entry.trainable for entry in left) else None
     forward: Callable[..., object] = module
     if plan.data_parallel and torch.cuda.device_count() > 1:
         forward = nn.DataParallel(module)
-    return Applied(module, forward, table, sharded, root, buckets, _batch_norm_statistics(module, ranks))
+    return Applied(module, forward, table, sharded, root, buckets, _batch_norm_statistics(module, ranks), partition)
 
 
 def _make_plain(entry: Parameter) -> None:
@@ -100,10 +118,12 @@ def _make_plain(entry: Parameter) -> None:
 def refuse_unavailable(plan: Plan) -> None:
     """Raise `PlanError` for a legal plan that this version does not execute yet."""
     default = Plan()
-    for name in ("tp", "sp", "cp", "pp", "ep", "schedule", "virtual", "split", "recompute", "offload", "compile"):
+    for name in ("pp", "ep", "schedule", "virtual", "split", "recompute", "offload", "compile"):
         if getattr(plan, name) != getattr(default, name):
-            item = str(Plan(**{name: getattr(plan, name)})) if name != "sp" else "sp=on"
-            raise PlanError(f"{item} is not available in this version: leave {name} out; dp_replicate, dp_shard and zero are")
+            item = str(Plan(**{name: getattr(plan, name)}))
+            raise PlanError(
+                f"{item} is not available in this version: leave {name} out; dp_replicate, dp_shard, zero, tp and cp are"
+            )
     if plan.precision not in COMPUTE_DTYPES:
         raise PlanError(f"precision={plan.precision} is not available in this version: the nearest is precision=bf16")
 

@@ -74,7 +74,7 @@ class Buckets:
         """Split the masters of `entries`, cut them into buckets and hook their gradients."""
         self.stage = stage
         self.shard_group = ranks.group("dp_shard") if stage else None
-        self.sum_group = ranks.group("dp_replicate") if stage else _world(ranks)
+        self.sum_group = ranks.group("dp_replicate") if stage else ranks.group("data")
         self.shards = dist.get_world_size(self.shard_group) if self.shard_group else 1
         self.shard_rank = dist.get_rank(self.shard_group) if self.shard_group else 0
         self._storage: dict[int, Tensor] = {}
@@ -108,7 +108,7 @@ class Buckets:
             storage = full.new_zeros((rows * self.shards, *entry.shape[1:]), dtype=live_dtype)
             live = storage[: entry.shape[0]].copy_(full)
             entry.rows = shard_rows(entry.shape[0], self.shards, self.shard_rank)
-            entry.master = nn.Parameter(entry.local(live) if live_dtype == full.dtype else entry.local(full).clone())
+            entry.master = nn.Parameter(entry.own_rows(live) if live_dtype == full.dtype else entry.own_rows(full).clone())
             entry.live.data = live
             self._storage[id(entry)] = storage
         elif live_dtype != full.dtype:
@@ -346,7 +346,3 @@ class Buckets:
             bucket.buffer = bucket.part = bucket.kept = None
             bucket.views = ()
             bucket.filled.clear()
-
-
-def _world(ranks: Ranks) -> dist.ProcessGroup | None:
-    return dist.group.WORLD if ranks.mesh is not None else None

@@ -60,14 +60,14 @@ def shard(
 ) -> tuple[Root, list[Parameter]]:
     """Shard `module` in place, one FSDP2 unit per name in `units` and one for the rest; return the root and the entries taken.
 
-    Their `live` becomes a DTensor sharded on dim 0. A unit that shares a parameter with the world outside it is
+    Their `live` becomes a DTensor sharded on dim 0 (of this rank's part, where tensor parallelism has cut it). A unit that shares a parameter with the world outside it is
     left to the root, since FSDP2 lets only one unit own a parameter. Every rank must call it.
     """
     assert ranks.mesh is not None
     taken = shardable(table)
     chosen = {id(entry) for entry in taken}
     ignored = {entry.live for entry in table if id(entry) not in chosen}
-    mesh = ranks.mesh if ranks.group("dp_replicate") is not None else ranks.mesh["dp_shard"]
+    mesh = ranks.mesh["dp_replicate", "dp_shard"] if ranks.group("dp_replicate") is not None else ranks.mesh["dp_shard"]
     # Inputs are not cast at every unit: autocast does that at each op, so that all plans round at the same places.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=_reduce_dtype(taken), cast_forward_inputs=False)
     for name in _separable(units, taken):
@@ -83,6 +83,11 @@ def shard(
     for entry in taken:
         entry.rows = shard_rows(entry.shape[0], ranks.mesh["dp_shard"].size(), ranks.mesh.get_local_rank("dp_shard"))
     return root, taken
+
+
+def unit_names(root: Root) -> list[str]:
+    """Return the names in the model of the modules that are FSDP2 units of their own."""
+    return [name.removeprefix("module.") for name, child in root.named_modules() if name and isinstance(child, FSDPModule)]
 
 
 def bind(root: Root, taken: list[Parameter]) -> None:

@@ -13,6 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from meshwright import _torch
+from meshwright.blueprint.moves import Label
+from meshwright.partition.collectives import all_gather
+from meshwright.partition.state import Axis
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How tensor parallelism divides a parameter: this rank of `axis` holds its part of `dim`, in the segments of `label`."""
+
+    axis: Axis
+    dim: int
+    label: Label
+
+    def part(self, full: Tensor) -> Tensor:
+        """Return this rank's part of a whole tensor, in memory of its own."""
+        return self.axis.take(full, self.dim, self.label).clone(memory_format=torch.contiguous_format)
+
+    def join(self, part: Tensor) -> Tensor:
+        """Return the whole tensor from every rank's part; all ranks of the axis must call it."""
+        return all_gather(part, self.axis, self.dim, self.label)
 
 
 @dataclass(eq=False)
@@ -23,6 +43,8 @@ class Parameter:
     that the user's code may know, for re-binding parameter groups: it must not keep a whole tensor alive. `live` is what the
     module computes with; `master` is what the optimizer updates on this rank: the live tensor itself, a full-precision copy,
     or this rank's rows of either.
+    `whole` is the logical shape; where tensor parallelism cuts the parameter (`cut`), `shape` is that of this rank's part, which
+    everything along the data axes takes for the parameter. `in_parts` says that each tensor-parallel rank's gradient is a part.
     `rows` is (first, count) of this rank's rows where the master is sharded on dim 0 over `dp_shard`, else None.
     `gradient` is the reduced gradient of the master's shape, between the backward and the update; `used` says whether a
     backward of the step reached the parameter, on this rank while it runs, on any rank once it is reduced. `gathered` is FSDP2's
@@ -37,6 +59,9 @@ class Parameter:
     dtype: torch.dtype
     trainable: bool
     rows: tuple[int, int] | None = None
+    whole: torch.Size = torch.Size()
+    cut: Cut | None = None
+    in_parts: bool = False
     gradient: Tensor | None = field(default=None, repr=False)
     used: bool = field(default=False, repr=False)
     gathered: Tensor | None = field(default=None, repr=False)
@@ -52,8 +77,13 @@ class Parameter:
         return self.rows is not None
 
     def local(self, full: Tensor) -> Tensor:
-        """Return this rank's part of a tensor of the parameter's full shape."""
-        return full if self.rows is None else full.narrow(0, *self.rows)
+        """Return this rank's part of a tensor of the parameter's whole shape."""
+        part = full if self.cut is None else self.cut.part(full)
+        return self.own_rows(part)
+
+    def own_rows(self, part: Tensor) -> Tensor:
+        """Return this rank's rows of a tensor of the parameter's `shape`."""
+        return part if self.rows is None else part.narrow(0, *self.rows)
 
 
 def collect(module: nn.Module) -> list[Parameter]:
@@ -73,7 +103,7 @@ def collect(module: nn.Module) -> list[Parameter]:
         trainable = any(parameter.requires_grad for _, parameter in entries)
         first.requires_grad_(trainable)
         names = tuple(name for name, _ in entries)
-        table.append(Parameter(names, weakref.ref(first), first, first, first.shape, first.dtype, trainable))
+        table.append(Parameter(names, weakref.ref(first), first, first, first.shape, first.dtype, trainable, whole=first.shape))
     return table
 
 

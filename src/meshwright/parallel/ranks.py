@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.errors import ConfigError
 from meshwright.plan import Plan
@@ -22,8 +22,10 @@ from meshwright.plan import Plan
 class Ranks:
     """This process among its peers, under one resolved plan.
 
-    `mesh` has the axes (`dp_replicate`, `dp_shard`) and is None for one rank without a process group. `data_rank` of
-    `data_ranks` is the share of every global batch that belongs to this process.
+    `mesh` has the axes (`dp_replicate`, `dp_shard`, `tp`) and is None for one rank without a process group; as far as parameters
+    and gradients go, ranks of `cp` are replicas, and `dp_replicate` here counts them too. `data_rank` of `data_ranks` is the share
+    of every global batch that belongs to this process; all ranks of `tp` and `cp` have the same share, and `speaks` for it is one
+    of them. Groups: the axes, `cp`, and `data` (every rank with the same part of the parameters).
     """
 
     rank: int
@@ -33,10 +35,22 @@ class Ranks:
     data_rank: int
     data_ranks: int
     groups: dict[str, dist.ProcessGroup]
+    cp_rank: int = 0
+    tp_rank: int = 0
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """Return the process group along `axis`, or None where the axis has a single rank."""
         return self.groups.get(axis)
+
+    def size(self, axis: str) -> int:
+        """Return the number of ranks along `axis`."""
+        group = self.groups.get(axis)
+        return 1 if group is None else group.size()
+
+    @property
+    def speaks(self) -> bool:
+        """Return whether this rank reports for its share of the batch where all ranks are summed."""
+        return self.cp_rank == 0 and self.tp_rank == 0
 
 
 def connect(timeout_s: float = 1800.0) -> None:
@@ -91,10 +105,21 @@ def build_ranks(plan: Plan, device: torch.device | None = None) -> Ranks:
     rank = dist.get_rank() if dist.is_initialized() else 0
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    mesh, groups = None, {}
-    axes = {"dp_replicate": plan.dp_replicate, "dp_shard": plan.dp_shard}
-    if world_size > 1:
-        mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-        groups = {axis: mesh.get_group(axis) for axis, degree in axes.items() if degree > 1}
-    # Neighbouring ranks share a node, and sharding talks more than replicating: dp_shard is the inner axis.
-    return Ranks(rank, world_size, device, mesh, rank, plan.dp_replicate * plan.dp_shard, groups)
+    if world_size == 1:
+        return Ranks(rank, world_size, device, None, 0, 1, {})
+    # Neighbouring ranks share a node, and the more an axis talks the further in it is: tp, then cp, dp_shard, dp_replicate.
+    ids = torch.arange(world_size).view(plan.dp_replicate, plan.dp_shard, plan.cp, plan.tp)
+    replicate, shard, cp_rank, tp_rank = ((ids == rank).nonzero()[0]).tolist()
+    states = ids.permute(0, 2, 1, 3).reshape(plan.dp_replicate * plan.cp, plan.dp_shard, plan.tp)
+    mesh = DeviceMesh(device.type, states, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
+    groups = {axis: mesh.get_group(axis) for axis in ("dp_replicate", "dp_shard", "tp") if mesh[axis].size() > 1}
+    if plan.cp > 1:
+        by_sequence = ids.permute(0, 1, 3, 2).reshape(-1, plan.cp)
+        groups["cp"] = DeviceMesh(device.type, by_sequence, mesh_dim_names=("others", "cp")).get_group("cp")
+    if plan.tp == 1:
+        groups["data"] = dist.group.WORLD
+    elif plan.tp < world_size:
+        by_part = ids.reshape(-1, plan.tp).T.contiguous()
+        groups["data"] = DeviceMesh(device.type, by_part, mesh_dim_names=("tp", "data")).get_group("data")
+    data_rank, data_ranks = replicate * plan.dp_shard + shard, plan.dp_replicate * plan.dp_shard
+    return Ranks(rank, world_size, device, mesh, data_rank, data_ranks, groups, cp_rank, tp_rank)

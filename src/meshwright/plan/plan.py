@@ -21,6 +21,7 @@ AUTO = 0
 
 _DEGREES = ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep")
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "cp_attention": ("auto", "allgather", "ring", "ulysses"),
     "precision": ("fp32", "bf16", "fp16", "fp8"),
     "schedule": SCHEDULES,
 }
@@ -38,6 +39,7 @@ class Plan:
     3 also parameters. `microbatches` is the number of parts that each rank cuts its batch into before one update; `AUTO` becomes
     4 per pipeline stage, and 1 without a pipeline. `split` is `balanced`, or where the pipeline is cut: the number of blocks of
     each stage (`5,4,3`) or the block that each stage but the first begins with (`layers.5,layers.9`).
+    `cp_attention` is how attention meets the sequence cut by `cp` (`auto` takes what moves the fewest bytes).
     `data_parallel` is torch's single-process `nn.DataParallel` over the local devices (the plan named `dp`).
     """
 
@@ -55,6 +57,7 @@ class Plan:
     split: str = "balanced"
     recompute: str = "none"
     offload: str = "none"
+    cp_attention: str = "auto"
     precision: str = "fp32"
     compile: bool = False
     data_parallel: bool = False
@@ -151,7 +154,7 @@ class Plan:
         return f"plan {str(self)!r} needs {fixed} ranks, but {ranks} are here: the nearest that works is {hint}"
 
 
-_DATA_PARALLEL: dict[str, dict[str, Any]] = {
+_NAMED: dict[str, dict[str, Any]] = {
     "single": {},
     "dp": {"data_parallel": True},
     "ddp": {"dp_replicate": AUTO},
@@ -160,6 +163,9 @@ _DATA_PARALLEL: dict[str, dict[str, Any]] = {
     "zero3": {"dp_shard": AUTO, "zero": 3},
     "fsdp": {"dp_shard": AUTO, "zero": 3},
     "hsdp": {"dp_replicate": AUTO, "dp_shard": AUTO, "zero": 3},
+    "tp": {"tp": AUTO},
+    "2d": {"dp_shard": AUTO, "tp": AUTO, "zero": 3},
+    "cp": {"cp": AUTO},
     "auto": {"dp_shard": AUTO, "zero": 3},  # until the planner exists: shard everything over the ranks at hand
 }
 _PIPELINE: dict[str, dict[str, Any]] = {
@@ -174,7 +180,7 @@ _SUGGESTED: dict[str, dict[str, Any]] = {
 }
 """What a named plan sets unless the plan text says otherwise."""
 
-_NAMED = _DATA_PARALLEL | _PIPELINE
+_NAMED |= _PIPELINE
 NAMED_PLANS = tuple(_NAMED)
 """The named plans; which of them this version executes is `parallel/apply.py`'s to say."""
 

@@ -1,0 +1,184 @@
+"""`tp`, `sp` and `cp`: the model and its loss run as programs of local ops, one for each kind of batch.
+
+Parameters are cut along the regions of the model as traced on an example batch, before anything is allocated for them. A whole
+parameter that works on cut activations gets only a part of its gradient on each tensor-parallel rank; these parts are summed once
+a step, in one all-reduce. Gradients over `cp` are parts for every parameter, and are summed with those of the data ranks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshwright import _torch
+from meshwright.blueprint.blocks import block_names
+from meshwright.errors import ConfigError, PlanError
+from meshwright.parallel.parameters import Cut, Parameter
+from meshwright.parallel.ranks import Ranks
+from meshwright.partition import cuts
+from meshwright.partition.partition import Pass, Policy
+from meshwright.partition.program import Program
+from meshwright.partition.sequence import follow_sequence
+from meshwright.partition.state import Axis
+from meshwright.partition.trace import Stale, Subject, Trace, trace
+from meshwright.plan import Plan
+
+_KEPT = 64
+"""Programs kept for batches of other shapes; the one not used for longest goes first."""
+
+Function = Callable[[Any], Any]
+
+
+def axes(plan: Plan, ranks: Ranks | None = None) -> dict[str, Axis]:
+    """The axes along which a plan partitions ops; without `ranks`, as rank 0 sees them."""
+    found = {}
+    for name in ("cp", "tp"):
+        size = getattr(plan, name)
+        if size > 1:
+            group = ranks.group(name) if ranks is not None else None
+            rank = dist.get_rank(group) if group is not None else 0
+            found[name] = Axis(name, size, rank, group, mirrored=name == "cp")
+    return found
+
+
+class Partition:
+    """What a plan's axes make of a model: which parameters are cut, and a program for each kind of batch.
+
+    `cuts` are chosen from `example` by tracing `function` (the loss if there is one, else the output) over the model.
+    """
+
+    def __init__(
+        self, module: nn.Module, table: list[Parameter], plan: Plan, ranks: Ranks | None, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        self.module, self.table, self.plan = module, table, plan
+        self.axes = axes(plan, ranks)
+        self.units: frozenset[str] = frozenset()
+        self.blocks = tuple(block_names(module))
+        self._compute_dtype = compute_dtype
+        self._sharded: frozenset[int] = frozenset()
+        self.cuts = cuts.Cuts()
+        self.copied: frozenset[str] = frozenset()
+        self._programs: OrderedDict[Any, list[Program]] = OrderedDict()
+
+    def choose(self, function: Function, example: Any) -> None:
+        """Decide which parameters are cut and which get parts of gradients. Raises `PlanError` in one sentence."""
+        found = self.traced(function, example)
+        axis = self.axes.get("tp")
+        if axis is not None:
+            self.cuts = cuts.choose(found, axis)
+        self._refuse_recurrence(found)
+        passes = self._passes(found)
+        if "cp" in self.axes and not passes[0].did_cut:
+            raise PlanError(
+                f"cp={self.plan.cp}: the batch has no sequence that {self.plan.cp} ranks can divide: use a length that is a "
+                f"multiple of {self.plan.cp} (of {2 * self.plan.cp} for an even share of causal work), or cp=1"
+            )
+        if axis is not None:
+            self.copied = frozenset(passes[-1].wanted)
+
+    def _refuse_recurrence(self, found: Trace) -> None:
+        if "cp" not in self.axes:
+            return
+        for name, child in self.module.named_modules():
+            if isinstance(child, nn.RNNBase | nn.RNNCellBase) and any(op.module == name for op in found.ops):
+                raise PlanError(
+                    f"cp={self.plan.cp}: {name} ({type(child).__name__}) needs every position before the next: use cp=1, "
+                    "and tp, dp_shard or pp in its place"
+                )
+
+    def gathered_in(self, units: list[str], sharded: list[Parameter]) -> None:
+        """Parameters of these modules are whole only while the module is called (FSDP2), and then in the compute dtype."""
+        self.units, self._sharded = frozenset(units), frozenset(map(id, sharded))
+
+    def _dtype(self, entry: Parameter) -> torch.dtype:
+        cast = self._compute_dtype is not None and entry.dtype.is_floating_point and id(entry) in self._sharded
+        return self._compute_dtype if cast and self._compute_dtype is not None else entry.live.dtype
+
+    def traced(self, function: Function, batch: Any) -> Trace:
+        """Trace a function of a batch, and follow its sequences."""
+        shapes = {}
+        for entry in self.table:
+            shapes.update(dict.fromkeys(entry.names, (entry.whole, self._dtype(entry), entry.trainable)))
+        found = trace(Subject(self.module, shapes, self.blocks), function, batch)
+        found.sequence = follow_sequence(found)
+        return found
+
+    def _passes(self, found: Trace) -> list[Pass]:
+        passes = []
+        for name, axis in self.axes.items():
+            if name == "cp":
+                policy = Policy(copied=None, sequence=True, method=self.plan.cp_attention)
+            else:
+                policy = Policy(self.cuts.parameters, self.copied, scatter=self.plan.sp)
+            one = Pass(found, axis, policy)
+            found = one.run()
+            passes.append(one)
+        return passes
+
+    def local(self, function: Function, batch: Any) -> Trace:
+        """What this rank does for a batch."""
+        return self._passes(self.traced(function, batch))[-1].result
+
+    def apply(self, entries: list[Parameter]) -> None:
+        """Cut the parameters: each keeps its object and name, and holds this rank's part."""
+        axis = self.axes.get("tp")
+        for entry in entries:
+            found = next((self.cuts.parameters[name] for name in entry.names if name in self.cuts.parameters), None)
+            if axis is None or found is None:
+                entry.in_parts = bool(axis is not None and entry.trainable and self.copied & set(entry.names))
+                continue
+            entry.cut = Cut(axis, *found)
+            entry.live.data = entry.cut.part(entry.live.data)
+            entry.shape = entry.live.shape
+
+    def run(self, kind: str, function: Function, batch: Any) -> Any:
+        """Return `function(batch)`, computed by this rank's program for batches like this one; `kind` tells functions apart."""
+        leaves, spec = _torch.tree_flatten(batch)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        modes = tuple(child.training for child in self.module.modules())
+        key = (kind, str(spec), shapes, modes, torch.is_grad_enabled())
+        programs = self._programs.setdefault(key, [])
+        self._programs.move_to_end(key)
+        if len(self._programs) > _KEPT:
+            self._programs.popitem(last=False)
+        with _torch.without_autocast():
+            for program in programs:
+                try:
+                    return program(tensors)
+                except Stale:
+                    continue
+        local = self.local(function, batch)
+        program = Program(local, self.module, self.units, tensors[0].device)
+        programs.insert(0, program)
+        del programs[8:]
+        with _torch.without_autocast():
+            return program(tensors)
+
+
+def sum_parts(table: list[Parameter], ranks: Ranks) -> None:
+    """Sum the gradients that are parts over the tensor-parallel ranks: one all-reduce for all of a dtype."""
+    group = ranks.group("tp")
+    if group is None:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for entry in table:
+        if entry.in_parts and entry.gradient is not None and entry.gradient.numel():
+            by_dtype.setdefault(entry.gradient.dtype, []).append(entry.gradient)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat, group=group)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def needs_example(plan: Plan, example: Any) -> None:
+    """Raise `ConfigError` where a plan is to read the model from an example batch and has none."""
+    if axes(plan) and example is None:
+        names = ", ".join(f"{name}={axis.size}" for name, axis in axes(plan).items())
+        raise ConfigError(f"{names} needs example_batch=: the model is read from one batch before its weights are cut")

@@ -1,0 +1,142 @@
+"""Arguments of ATen ops: the sizes that a rank's part changes, in-place ops without their side effect, device-free kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from meshwright._torch import is_in_place
+from meshwright.blueprint import costs
+from meshwright.blueprint.tape import RawOp, Value
+from meshwright.partition.state import Axis, State
+
+aten = torch.ops.aten
+
+_RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
+_RANDOM = {"bernoulli", "native_dropout", "rand_like", "randn_like", "uniform", "normal", "exponential", "_fused_dropout"}
+_ATTENTION = {
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+}
+
+
+def writes(func: Any) -> bool:
+    """Whether an op writes into its first argument."""
+    return isinstance(func, torch._ops.OpOverload) and is_in_place(func)
+
+
+def kind_of(func: Any) -> str:
+    """The kind of an ATen op (`costs.kind_of`), empty for an op of this package."""
+    return costs.kind_of(func) if isinstance(func, torch._ops.OpOverload) else ""
+
+
+def functional(func: Any) -> Any:
+    """The op that returns what an in-place op would write, or None if there is none."""
+    if func in _FUNCTIONAL:
+        return _FUNCTIONAL[func]
+    packet = getattr(aten, costs.base_name(func), None)
+    overload = getattr(packet, func._overloadname, None) if packet is not None else None
+    return overload if overload is not None and not is_in_place(overload) else None
+
+
+_FUNCTIONAL = {
+    aten.bernoulli_.float: aten.bernoulli.p,
+    aten.zero_.default: aten.zeros_like.default,
+    aten.normal_.default: aten.normal_functional.default,
+}
+
+
+def is_random(func: Any) -> bool:
+    """Whether an op draws random numbers in the shape of an operand, or may do so (attention with dropout)."""
+    name = costs.base_name(func)
+    return name in _RANDOM or (isinstance(func, Attention) and func.dropout > 0.0)
+
+
+class Attention:
+    """Scaled dot-product attention by whatever kernel fits the operands: query [B, H, S, D], key and value [B, G, T, D]."""
+
+    tags: tuple[Any, ...] = ()
+
+    def __init__(self, dropout: float, causal: bool, scale: float | None) -> None:
+        self.dropout, self.causal, self.scale = dropout, causal, scale
+        self.__name__ = "attention"
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return [B, H, S, D of value]."""
+        grouped = key.shape[1] != query.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, self.dropout, self.causal, scale=self.scale, enable_gqa=grouped
+        )
+
+
+def attention(op: RawOp) -> tuple[Attention, list[Any]] | None:
+    """The attention that a kernel op computes and its operands (query, key, value, mask or None); None for another op."""
+    name = costs.base_name(op.func)
+    if name not in _ATTENTION:
+        return None
+    arguments = {a.name: value for a, value in zip(op.func._schema.arguments, op.args, strict=False)} | op.kwargs
+    made = Attention(arguments.get("dropout_p", 0.0), bool(arguments.get("is_causal", False)), arguments.get("scale"))
+    mask = arguments.get("attn_mask", arguments.get("attn_bias"))
+    return made, [arguments["query"], arguments["key"], arguments["value"], mask]
+
+
+def runnable(func: Any) -> Any:
+    """The function to call for an op on whole operands: `view` may meet other strides than those it was traced with."""
+    if isinstance(func, torch._ops.OpOverload) and func in (aten.view.default, aten._unsafe_view.default):
+        return aten.reshape.default
+    return func
+
+
+def localize(
+    op: RawOp, args: tuple[Any, ...], shapes: list[tuple[int, ...]], source: State, axis: Axis, values: list[Value]
+) -> tuple[Any, tuple[Any, ...]]:
+    """The function and arguments for this rank's part of an op: `shapes` are its results', `source` its first operand's state."""
+    name = costs.base_name(op.func)
+    if name in _RESHAPES and op.func is not aten.view.dtype:
+        return aten.reshape.default, (args[0], list(shapes[0]))
+    if name == "expand":
+        return op.func, (args[0], list(shapes[0]), *args[2:])
+    if name in ("split", "split_with_sizes") and source.is_cut:
+        dim = _dim(op, 2)
+        if dim == source.dim:
+            return aten.split_with_sizes.default, (args[0], [shape[dim] for shape in shapes], dim)
+    if name == "slice" and source.is_cut and _dim(op, 1) == source.dim:
+        return _slice(op, args, shapes[0], source, axis)
+    if name == "convolution" and source.is_cut and source.dim == 1 and int(args[8]) > 1:
+        return op.func, (*args[:8], axis.length(source.label))  # type: ignore[arg-type]  # depthwise: a group per channel
+    return op.func, args
+
+
+def _dim(op: RawOp, place: int) -> int:
+    given = op.args[place] if len(op.args) > place else op.kwargs.get("dim", 0)
+    return int(given)
+
+
+def _slice(op: RawOp, args: tuple[Any, ...], shape: tuple[int, ...], source: State, axis: Axis) -> tuple[Any, tuple[Any, ...]]:
+    assert source.label is not None
+    start = int(args[2] or 0) if len(args) > 2 else 0
+    step = int(args[4]) if len(args) > 4 else 1
+    size = source.label.size
+    if start < 0:
+        start += size
+    if step > 1:
+        return op.func, (args[0], source.dim, start, 2**63 - 1, step)
+    # Whole segments are taken: what a rank holds of the segments before is where its part begins.
+    before, at = 0, 0
+    for segment in list(source.label.segments) * source.label.repeat:
+        if at >= start:
+            break
+        before += sum(length for _, length in axis.chunks(segment)[axis.rank])
+        at += segment
+    return op.func, (args[0], source.dim, before, before + shape[source.dim], 1)
+
+
+def mean_count(shape: tuple[int, ...], dims: list[int]) -> int:
+    """Elements that a reduction over `dims` takes together."""
+    return math.prod(shape[dim] for dim in dims)

@@ -1,0 +1,203 @@
+"""A local trace as plain generated Python (torch.fx): what a rank runs for one kind of batch, under autograd.
+
+The ops are those that the model's own run dispatches, on local tensors, without modules and without DTensor. Where units must be
+entered as modules (FSDP2 gathers a block's parameters when the block is called), the program is cut at the units' calls and each
+piece runs inside the call of its unit.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from meshwright import _torch
+from meshwright.blueprint.tape import Ref
+from meshwright.partition.arguments import writes
+from meshwright.partition.collectives import Collective
+from meshwright.partition.local import KeepSlice
+from meshwright.partition.trace import Guard, Trace, TracedOp, is_opaque
+
+
+@dataclass
+class _Segment:
+    """A stretch of ops within one call of a unit, or between calls: values that it takes and gives, names that it reads."""
+
+    call: int
+    ops: list[TracedOp]
+    takes: list[int] = field(default_factory=list)
+    gives: list[int] = field(default_factory=list)
+    names: list[tuple[nn.Module, str]] = field(default_factory=list)
+    held: list[Tensor] = field(default_factory=list)
+    code: Callable[..., tuple[Any, ...]] | None = None
+
+
+class Program:
+    """Runs a local trace on the module's parameters and buffers as they are when it is called."""
+
+    def __init__(self, trace: Trace, model: nn.Module, units: frozenset[str], device: torch.device) -> None:
+        """Generate the code; `units` are the modules inside whose calls their ops must run."""
+        self.trace, self.model, self.device = trace, model, device
+        self.recorded = any(op.grad for op in trace.ops)
+        self.graded = trace.graded()
+        outputs = trace.output_numbers()
+        guards = _reached(trace, [], lambda op: isinstance(op.func, Guard) and not set(op.inputs) & self.graded)
+        checked = {id(op) for op in guards if isinstance(op.func, Guard)}
+        kept = _reached(trace, outputs, lambda op: id(op) not in checked and _has_effect(op))
+        self.checks = self._segments(guards, frozenset(), [])
+        self.ops = kept
+        self.segments = self._segments(kept, units, outputs)
+
+    def __call__(self, leaves: list[Tensor]) -> Any:
+        """Return what the traced function returns for a batch's tensors. Raises `Stale` if its values lead another way."""
+        for segment in self.checks:
+            self._run(segment, self._inputs(leaves))
+        values = self._inputs(leaves)
+        for segment in self.segments:
+            self._run(segment, values)
+        ends, spec = _torch.tree_flatten(self.trace.outputs)
+        return _torch.tree_unflatten([values[leaf.number] if isinstance(leaf, Ref) else leaf for leaf in ends], spec)
+
+    def code(self) -> str:
+        """The generated Python, a function per segment."""
+        return "\n".join(segment.code.code for segment in self.segments if segment.code is not None)  # type: ignore[attr-defined]
+
+    def collectives(self) -> list[tuple[Collective, tuple[int, ...], torch.dtype, str]]:
+        """Every collective op in order, with the shape and dtype of the tensor that travels, and its module."""
+        found = []
+        for op in self.ops:
+            if isinstance(op.func, Collective) and (op.func.forward or op.func.backward):
+                travels = op.outputs[0] if op.func.forward == "all_gather" and op.outputs else op.inputs[0]
+                value = self.trace.values[travels]
+                found.append((op.func, value.shape, value.dtype, op.module))
+        return found
+
+    def _inputs(self, leaves: list[Tensor]) -> dict[int, Tensor]:
+        return {number: leaves[place] for number, place in self.trace.inputs.items()}
+
+    def _run(self, segment: _Segment, values: dict[int, Tensor]) -> None:
+        code = segment.code
+        assert code is not None
+        taken = [values[number] for number in segment.takes]
+
+        def run(*tensors: Tensor) -> tuple[Any, ...]:
+            state = [_lookup(owner, name) for owner, name in segment.names]
+            return code(*tensors, *state, *segment.held)
+
+        if segment.call < 0:
+            made = run(*taken)
+        else:
+            unit = self.model.get_submodule(self.trace.calls[segment.call].name)
+            before = unit.__dict__.get("forward")
+            unit.__dict__["forward"] = run
+            try:
+                made = unit(*taken)
+            finally:
+                if before is None:
+                    del unit.__dict__["forward"]
+                else:
+                    unit.__dict__["forward"] = before
+        values.update(zip(segment.gives, made, strict=True))
+
+    def _segments(self, ops: list[TracedOp], units: frozenset[str], outputs: list[int]) -> list[_Segment]:
+        segments: list[_Segment] = []
+        for op in ops:
+            call = op.call if op.call >= 0 and self.trace.calls[op.call].name in units else -1
+            if not segments or segments[-1].call != call:
+                segments.append(_Segment(call, []))
+            segments[-1].ops.append(op)
+        later: Counter[int] = Counter(outputs)
+        for segment in reversed(segments):
+            made = {n for op in segment.ops for n in op.outputs}
+            segment.gives = sorted(made & set(later))
+            read = {n for op in segment.ops for n in op.inputs} - made
+            later.update(read)
+            segment.takes = sorted(n for n in read if not self._is_state(n))
+            self._generate(segment, sorted(n for n in read if self._is_state(n)))
+        return segments
+
+    def _is_state(self, number: int) -> bool:
+        return number in self.trace.parameters or number in self.trace.buffers or number in self.trace.constants
+
+    def _generate(self, segment: _Segment, state: list[int]) -> None:
+        graph = fx.Graph()
+        nodes: dict[int, fx.Node] = {n: graph.placeholder(f"v{n}") for n in segment.takes}
+        for number in state:
+            name = self.trace.parameters.get(number) or self.trace.buffers.get(number)
+            if name is not None:
+                owner, _, attribute = name.rpartition(".")
+                segment.names.append((self.model.get_submodule(owner), attribute))
+                nodes[number] = graph.placeholder("p_" + name.replace(".", "_"))
+        for number in state:
+            if number in self.trace.constants:
+                segment.held.append(self.trace.constants[number].to(self.device))
+                nodes[number] = graph.placeholder(f"c{number}")
+        for op in segment.ops:
+            self._write(graph, op, nodes)
+        graph.output(tuple(nodes[number] for number in segment.gives))
+        segment.code = fx.GraphModule(nn.Module(), graph)
+
+    def _write(self, graph: fx.Graph, op: TracedOp, nodes: dict[int, fx.Node]) -> None:
+        def local(value: Any) -> Any:
+            if isinstance(value, Ref):
+                return nodes[value.number]
+            if isinstance(value, list | tuple):
+                return type(value)(local(item) for item in value)
+            return self.device if isinstance(value, torch.device) else value
+
+        func: Any = op.func
+        if self.recorded and not op.grad and any(n in self.graded for n in op.inputs):
+            func = _Unrecorded(func)
+        node = graph.call_function(func, local(op.args), {key: local(value) for key, value in op.kwargs.items()})
+        if _returns_one(op):
+            nodes.update(dict.fromkeys(op.outputs, node))
+        else:
+            for place, number in enumerate(op.outputs):
+                nodes[number] = graph.call_function(operator.getitem, (node, place))
+
+
+class _Unrecorded:
+    """An op that autograd is not to record."""
+
+    def __init__(self, op: Any) -> None:
+        self.op = op
+        self.__name__ = getattr(op, "__name__", "op")
+        self.__module__ = "meshwright"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.op(*args, **kwargs)
+
+
+def _returns_one(op: TracedOp) -> bool:
+    if isinstance(op.func, torch._ops.OpOverload):
+        returns = op.func._schema.returns
+        return len(returns) == 1 and str(returns[0].type) == "Tensor"
+    return not is_opaque(op) and len(op.outputs) <= 1
+
+
+def _lookup(owner: nn.Module, name: str) -> Tensor:
+    found = owner._parameters.get(name)
+    tensor = owner._buffers[name] if found is None else found
+    assert tensor is not None
+    return tensor
+
+
+def _has_effect(op: TracedOp) -> bool:
+    return isinstance(op.func, Guard | KeepSlice) or writes(op.func)
+
+
+def _reached(trace: Trace, outputs: list[int], also: Callable[[TracedOp], bool]) -> list[TracedOp]:
+    """The ops, in order, that the outputs and the ops with an effect need."""
+    needed = set(outputs)
+    kept = []
+    for op in reversed(trace.ops):
+        if also(op) or any(number in needed for number in op.outputs):
+            kept.append(op)
+            needed.update(op.inputs)
+    return kept[::-1]
