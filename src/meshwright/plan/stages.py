@@ -97,25 +97,34 @@ def cut(
     parameters plus `in_flight[stage]` (default 1) times what a micro-batch saves. Raises `PlanError` naming the nearest that works.
     """
     stages = plan.pp * plan.virtual
-    calls = len(blueprint.calls)
+    names = [call.name for call in blueprint.calls]
+    check_blocks(plan, len(names), blueprint.model)
     if not blueprint.captured:
-        raise PlanError(
-            f"{blueprint.model} could not be captured, only read: stages can't be weighed; say where to cut with split="
-        )
-    if stages > calls:
-        raise PlanError(f"{_where(plan)} cuts {stages} stages, but {blueprint.model} has {calls} blocks: {_fewer(plan, calls)}")
+        raise PlanError(f"{blueprint.model} could not be captured, only read: its stages can't be weighed")
     cells = _cells(blueprint, items, rates)
-    sent = [_sent(blueprint, number, items) for number in range(calls)]
-    if plan.split != "balanced":
-        ends = _ends(blueprint, plan.split, stages)
-    elif math.isinf(memory_limit_bytes):
-        ends = balance([cell.seconds for cell in cells], stages, sent)
+    sent = [_sent(blueprint, number, items) for number in range(len(names))]
+    if plan.split != "balanced" or math.isinf(memory_limit_bytes):
+        ends = place(plan, names, [cell.seconds for cell in cells], sent)
     else:
         memory = _memory(cells, in_flight or [1] * stages, state_factor)
         ends = balance([cell.seconds for cell in cells], stages, sent, lambda *at: memory(*at) <= memory_limit_bytes)
         if not ends:
             raise PlanError(_least_memory(cells, stages, memory, memory_limit_bytes))
     return tuple(_stage(cells, sent, first, last) for first, last in pairwise([0, *ends]))
+
+
+def place(plan: Plan, names: Sequence[str], seconds: Sequence[float], sent: Sequence[float]) -> list[int]:
+    """Return where each stage ends, as numbers of block calls `names`: as `plan.split` says, or by `balance`."""
+    check_blocks(plan, len(names), "the model")
+    stages = plan.pp * plan.virtual
+    return balance(seconds, stages, sent) if plan.split == "balanced" else _ends(names, plan.split, stages)
+
+
+def check_blocks(plan: Plan, blocks: int, model: str) -> None:
+    """Raise `PlanError`, naming the nearest that works, if a plan cuts more stages than a model has blocks."""
+    stages = plan.pp * plan.virtual
+    if stages > blocks:
+        raise PlanError(f"{_where(plan)} cuts {stages} stages, but {model} has {blocks} blocks: {_fewer(plan, blocks)}")
 
 
 def balance(
@@ -258,9 +267,9 @@ def _stage(cells: Sequence[_Cell], sent: Sequence[int], first: int, last: int) -
     return Stage(first, last, cost, _parameter_bytes(mine), sent[last - 1] if last < len(cells) else 0)
 
 
-def _ends(blueprint: Blueprint, split: str, stages: int) -> list[int]:
+def _ends(names: Sequence[str], split: str, stages: int) -> list[int]:
     """Read `split=`: counts of blocks per stage, or the block that each stage but the first begins with."""
-    calls, words = len(blueprint.calls), split.split(",")
+    calls, words = len(names), split.split(",")
     if re.fullmatch(r"[0-9,]+", split):
         counts = [int(word) for word in words]
         even = ",".join(str(calls // stages + (number < calls % stages)) for number in range(stages))
@@ -270,7 +279,6 @@ def _ends(blueprint: Blueprint, split: str, stages: int) -> list[int]:
         return list(accumulate(counts))
     if len(words) != stages - 1:
         raise PlanError(f"split={split} names {len(words)} cuts, but {stages} stages have {stages - 1}")
-    names = [call.name for call in blueprint.calls]
     unknown = next((word for word in words if word not in names[1:]), None)
     if unknown is not None:
         near = difflib.get_close_matches(unknown, names[1:], n=1, cutoff=0.0)[0]
