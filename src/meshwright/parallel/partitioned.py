@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from meshwright import _torch
 from meshwright.blueprint.blocks import block_names
-from meshwright.errors import ConfigError, PlanError
+from meshwright.errors import ConfigError, ModelError, PlanError
 from meshwright.parallel.parameters import Cut, Parameter
 from meshwright.parallel.ranks import Ranks
 from meshwright.partition import cuts
@@ -167,7 +167,13 @@ class Partition:
         programs.insert(0, program)
         del programs[8:]
         with _torch.without_autocast():
-            return program(tensors)
+            try:
+                return program(tensors)
+            except Stale as error:
+                raise ModelError(
+                    "the model's Python decides by values that change from one look to the next (random numbers?): this plan "
+                    "runs what was decided once; use data parallelism, or make the decision with torch.where"
+                ) from error
 
 
 def sum_parts(table: list[Parameter], ranks: Ranks) -> None:

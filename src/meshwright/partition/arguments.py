@@ -103,19 +103,19 @@ def localize(
     if name == "expand":
         return op.func, (args[0], list(shapes[0]), *args[2:])
     if name in ("split", "split_with_sizes") and source.is_cut:
-        dim = _dim(op, 2)
+        dim = _dim(op, 2, values)
         if dim == source.dim:
             return aten.split_with_sizes.default, (args[0], [shape[dim] for shape in shapes], dim)
-    if name == "slice" and source.is_cut and _dim(op, 1) == source.dim:
+    if name == "slice" and source.is_cut and _dim(op, 1, values) == source.dim:
         return _slice(op, args, shapes[0], source, axis)
     if name == "convolution" and source.is_cut and source.dim == 1 and int(args[8]) > 1:
         return op.func, (*args[:8], axis.length(source.label))  # type: ignore[arg-type]  # depthwise: a group per channel
     return op.func, args
 
 
-def _dim(op: RawOp, place: int) -> int:
+def _dim(op: RawOp, place: int, values: list[Value]) -> int:
     given = op.args[place] if len(op.args) > place else op.kwargs.get("dim", 0)
-    return int(given)
+    return int(given) % max(len(values[op.inputs[0]].shape), 1)
 
 
 def _slice(op: RawOp, args: tuple[Any, ...], shape: tuple[int, ...], source: State, axis: Axis) -> tuple[Any, tuple[Any, ...]]:

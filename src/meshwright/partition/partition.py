@@ -260,6 +260,8 @@ class Pass:
         if any(number in self.pinned for number in (*op.inputs, *op.outputs)) and arguments.writes(op.func):
             labels = {}
         outcome = self._settle(op, labels) if labels else None
+        if outcome and PARTIAL in outcome[1].values() and not any(self.states[n].is_cut for n in op.inputs):
+            outcome = None  # the batch meets the weights in a sum over the dim: not along a sequence
         if outcome is None:
             self.plain(op)
         else:

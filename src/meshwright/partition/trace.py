@@ -156,7 +156,8 @@ class _Tracer(Execution):
             taint |= self.taint.get(number, 0)
         name = costs.base_name(func)
         by_values = name in _SIZED_BY_VALUES or (name == "index" and any(_is_mask(i) for i in args[1]))
-        if taint & CHOSEN and (by_values or name == "_local_scalar_dense"):
+        fixed = name == "bincount" and self._fixed_bins(args, kwargs)
+        if taint & CHOSEN and not fixed and (by_values or name == "_local_scalar_dense"):
             raise _DependsOnComputed(self.modules[-1] if self.modules else "", ValueError(name))
         try:
             result = self.run(func, args, kwargs)
@@ -171,14 +172,19 @@ class _Tracer(Execution):
                 self.tape.same(result, args[0])
             return result
         outputs = self._write(func, args, kwargs, result)
-        chosen = any(isinstance(t, FakeTensor) for t in operands(args, kwargs)) and not any(
-            isinstance(t, FakeTensor) for t in _made(result)
-        )
-        random = RANDOM if name in _RANDOM else 0
-        self.taint.update(dict.fromkeys(outputs, taint | random | (CHOSEN if chosen and name not in _FROM_SHAPES else 0)))
-        if by_values and taint & (BATCH | RANDOM):
+        from_fakes = name not in _FROM_SHAPES and any(isinstance(t, FakeTensor) for t in operands(args, kwargs))
+        taint |= RANDOM if name in _RANDOM else 0
+        for number, tensor in zip(outputs, _made(result), strict=True):
+            chosen = CHOSEN if from_fakes and not isinstance(tensor, FakeTensor) else 0
+            self.taint[number] = taint | chosen
+        if by_values and taint:
             self._guard(outputs[0], tuple(_made(result)[0].shape))
         return result
+
+    def _fixed_bins(self, args: Any, kwargs: Any) -> bool:
+        """Whether counts are asked for at least as many bins as choices can name: their number depends on nothing then."""
+        least = int(args[2]) if len(args) > 2 else int(kwargs.get("minlength", 0))
+        return not isinstance(args[0], FakeTensor) and args[0].numel() > 0 and int(args[0].max()) < least
 
     def number(self, tensor: Tensor) -> int:
         """The number of a tensor; one met for the first time is kept as a constant."""
@@ -218,6 +224,7 @@ class _Tracer(Execution):
         def refer(value: Any) -> Any:
             if isinstance(value, Tensor):
                 numbers.append(self.number(value))
+                self._refuse_own_backward(value, numbers[-1])
                 return Ref(numbers[-1])
             return [refer(item) for item in value] if isinstance(value, list | tuple) else value
 
@@ -231,6 +238,14 @@ class _Tracer(Execution):
         where = (self._module(), 0, 0, 0, 0, 0, None, False, grad, self.call)
         self.ops.append(TracedOp(func, refs, named, tuple(numbers), outputs, *where))
         return outputs
+
+    def _refuse_own_backward(self, tensor: Tensor, number: int) -> None:
+        """A result that has a gradient though its ops had none comes from an autograd function of the user's: only its module
+        knows its backward.
+        """
+        producer = self.tape.values[number].producer
+        if tensor.requires_grad and producer >= 0 and not tensor.is_leaf and not self.ops[producer].grad:
+            raise _DependsOnComputed(self.ops[producer].module, _OwnBackward(type(tensor.grad_fn).__name__))
 
     def opaque(self, path: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Write one op for a whole module; its results are those of a run that is not written down."""
@@ -250,6 +265,10 @@ class _Tracer(Execution):
         self.ops.append(TracedOp(Opaque(path, module, spec, places), refs, {}, numbers, outputs, *where))
         self.taint.update(dict.fromkeys(outputs, CHOSEN))
         return output
+
+
+class _OwnBackward(Exception):
+    pass
 
 
 _FROM_SHAPES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "empty_like", "new_empty", "size"}
