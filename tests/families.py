@@ -9,18 +9,50 @@ import warnings
 from typing import Any
 
 import torch
-from blueprint.huggingface import SMALL
 from torch import Tensor, nn
 
 import meshwright as mw
+from blueprint.huggingface import SMALL
 from meshwright import losses
 from meshwright.errors import MeshwrightError
 
-FAMILIES = (
-    "gpt2 gpt_neox llama mistral qwen2 qwen3 gemma phi bert t5 vit whisper "
-    "gemma2 phi3 falcon opt bloom gptj gpt_bigcode stablelm olmo olmo2 cohere granite starcoder2 mixtral qwen2_moe roberta "
-    "distilbert bart electra codegen mpt glm smollm3"
-).split()
+FAMILIES = [
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "phi",
+    "bert",
+    "t5",
+    "vit",
+    "whisper",
+    "gemma2",
+    "phi3",
+    "falcon",
+    "opt",
+    "bloom",
+    "gptj",
+    "gpt_bigcode",
+    "stablelm",
+    "olmo",
+    "olmo2",
+    "cohere",
+    "granite",
+    "starcoder2",
+    "mixtral",
+    "qwen2_moe",
+    "roberta",
+    "distilbert",
+    "bart",
+    "electra",
+    "codegen",
+    "mpt",
+    "glm",
+    "smollm3",
+]
 _EXTRA: dict[str, Any] = {
     "ffn_dim": 96,
     "encoder_layers": 2,

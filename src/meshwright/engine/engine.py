@@ -31,8 +31,8 @@ from meshwright.engine.ledger import Ledger
 from meshwright.engine.metrics import Metrics
 from meshwright.engine.optimizer import BoundOptimizer, OptimizerFactory
 from meshwright.engine.precision import LossScale, autocast, dtype_contract, match_norm_inputs
-from meshwright.errors import ConfigError, DataError, ModelError, TrainingError
 from meshwright.engine.randomness import seeded
+from meshwright.errors import ConfigError, DataError, ModelError, TrainingError
 from meshwright.parallel import fsdp
 from meshwright.parallel.apply import COMPUTE_DTYPES, Reading, apply, average_batch_norms, refuse_unavailable
 from meshwright.parallel.partitioned import needs_example, sum_parts

@@ -9,6 +9,7 @@ import datetime
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,11 +23,11 @@ from meshwright.plan import Plan
 class Ranks:
     """This process among its peers, under one resolved plan.
 
-    `mesh` has the axes (`pp`, `dp_replicate`, `dp_shard`, `tp`) and is None for one rank without a process group; as far as parameters
-    and gradients go, ranks of `cp` are replicas, and `dp_replicate` here counts them too. `data_rank` of `data_ranks` is the share
-    of every global batch that belongs to this process; all ranks of `tp`, `cp` and `pp` have the same share, and `speaks` for it
-    is one of `tp` and `cp`. Groups: the axes, `cp`, and `data` (every rank with the same part of the parameters); `homes` has those
-    of some ranks of this pipeline.
+    `mesh` has the axes (`pp`, `dp_replicate`, `dp_shard`, `tp`) and is None for one rank without a process group; as far as
+    parameters and gradients go, ranks of `cp` are replicas, and `dp_replicate` here counts them too. `data_rank` of `data_ranks`
+    is the share of every global batch that belongs to this process; all ranks of `tp`, `cp` and `pp` have the same share, and
+    `speaks` for it is one of `tp` and `cp`. Groups: the axes, `cp`, and `data` (every rank with the same part of the parameters);
+    `homes` has those of some ranks of this pipeline.
     """
 
     rank: int
@@ -121,7 +122,7 @@ def build_ranks(plan: Plan, device: torch.device | None = None) -> Ranks:
         by_sequence = ids.permute(0, 1, 2, 4, 3).reshape(-1, plan.cp)
         groups["cp"] = DeviceMesh(device.type, by_sequence, mesh_dim_names=("others", "cp")).get_group("cp")
     if plan.tp == plan.pp == 1:
-        groups["data"] = dist.group.WORLD
+        groups["data"] = cast(dist.ProcessGroup, dist.group.WORLD)
     elif plan.tp * plan.pp < world_size:
         by_part = ids.permute(0, 4, 1, 2, 3).reshape(plan.pp * plan.tp, -1).contiguous()
         groups["data"] = DeviceMesh(device.type, by_part, mesh_dim_names=("part", "data")).get_group("data")
@@ -134,6 +135,6 @@ def open_homes(ranks: Ranks, plan: Plan, sets: Iterable[tuple[int, ...]]) -> Non
     lines = torch.arange(ranks.world_size).view(plan.pp, -1).T.tolist()  # one pipeline each
     for homes in sorted(set(sets)):
         for line in lines:
-            group = dist.new_group([line[home] for home in homes])
+            group: Any = dist.new_group([line[home] for home in homes])
             if line[ranks.pp_rank] == ranks.rank and ranks.pp_rank in homes:
                 ranks.homes[homes] = group

@@ -23,7 +23,7 @@ from meshwright.partition.trace import Guard, Trace, TracedOp, is_opaque
 
 @dataclass
 class _Due:
-    """One op's weight gradients, not yet computed: its outputs and their gradients, the weights inside and as the model has them."""
+    """One op's weight gradients, still to be computed: outputs and their gradients, weights inside and as the model has them."""
 
     outputs: list[Tensor]
     gradients: list[Tensor]
@@ -102,7 +102,7 @@ class _Deferring:
         weights = [tensor for tensor, is_weight in zip(tensors, self.weights, strict=True) if is_weight]
         anchor = weights[0].new_empty(0).requires_grad_()  # so that the op is in the graph though its activations may not be
         given = [tensor.detach() if is_weight else tensor for tensor, is_weight in zip(tensors, self.weights, strict=True)]
-        outputs: tuple[Tensor, ...] = _Apart.apply(anchor, run, self.weights, weights, self.queue.current, *given)
+        outputs: tuple[Tensor, ...] = _Apart.apply(anchor, run, self.weights, weights, self.queue.current, *given)  # type: ignore[no-untyped-call]
         return outputs[0] if len(outputs) == 1 else outputs
 
 

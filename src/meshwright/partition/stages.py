@@ -1,8 +1,9 @@
 """A trace cut into pipeline stages: what each stage runs, what it gets from earlier stages and gives to later ones.
 
 An op in a block's call runs on the call's stage; those between the calls on either side of a cut are divided where the fewest
-bytes are alive (a residual is added before it is sent). Whatever follows from the batch, buffers and constants alone is not sent: every stage that reads it computes it. What
-else is read on a later stage goes there directly, also over stages in between (skip connections, an encoder's output).
+bytes are alive (a residual is added before it is sent). Whatever follows from the batch, buffers and constants alone is not
+sent: every stage that reads it computes it. What else is read on a later stage goes there directly, also over stages in between
+(skip connections, an encoder's output).
 """
 
 from __future__ import annotations
