@@ -93,7 +93,9 @@ def under_plan(
     result["weights"] = engine.full_state_dict()
     by_hand = mw.parallelize(zoo.build(name, dtype), plan, example_batch=example, **keywords)
     batch = share(example, by_hand.data_rank, by_hand.data_ranks)
-    if zoo_rows(batch):
+    if by_hand.pipeline is not None:
+        by_hand.accumulate(batch)
+    elif zoo_rows(batch):
         loss = case.loss(by_hand(batch), batch)
         if (case.count or getattr(case.loss, "count", zoo_rows))(batch) == 0:
             loss = loss.nan_to_num()

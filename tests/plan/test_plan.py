@@ -11,8 +11,15 @@ from meshwright.errors import PlanError
 from meshwright.plan import AUTO, NAMED_PLANS, Plan
 
 degrees = st.integers(0, 64)
+
+
+def legal(schedule: str, virtual: int, **fields) -> Plan:
+    virtual = {"interleaved": virtual, "zbv": 2}.get(schedule, 1)
+    return Plan(schedule=schedule, virtual=virtual, **fields)
+
+
 plans = st.builds(
-    Plan,
+    legal,
     dp_replicate=degrees,
     dp_shard=degrees,
     zero=st.integers(1, 3),
@@ -23,7 +30,7 @@ plans = st.builds(
     ep=st.integers(1, 64),
     schedule=st.sampled_from(["1f1b", "gpipe", "interleaved", "zbv"]),
     virtual=st.integers(1, 8),
-    microbatches=st.integers(1, 64),
+    microbatches=st.integers(0, 64),
     recompute=st.sampled_from(["none", "selective", "full", "budget=8GB"]),
     offload=st.sampled_from(["none", "optimizer:cpu", "optimizer:nvme=/scratch/x,params:cpu"]),
     precision=st.sampled_from(["fp32", "bf16", "fp16"]),
@@ -108,3 +115,41 @@ def test_a_plan_that_does_not_fit_names_the_nearest_that_does(text: str, ranks: 
 def test_plans_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Plan().tp = 2  # type: ignore[misc]
+
+
+def test_named_pipelines_expand_for_the_ranks_at_hand() -> None:
+    assert Plan.parse("1f1b", 4) == Plan(pp=4, microbatches=16)
+    assert Plan.parse("gpipe microbatches=6", 2) == Plan(pp=2, schedule="gpipe", microbatches=6)
+    assert Plan.parse("layerwise", 3) == Plan(pp=3, schedule="layerwise")
+    assert Plan.parse("interleaved", 2) == Plan(pp=2, schedule="interleaved", virtual=2, microbatches=8)
+    assert Plan.parse("virtual=3 interleaved", 2).virtual == 3
+    assert Plan.parse("zbv dp_replicate=2", 4) == Plan(dp_replicate=2, pp=2, schedule="zbv", virtual=2, microbatches=8)
+    assert Plan.parse("3d", 8) == Plan(dp_shard=2, tp=2, pp=2, microbatches=8)
+    assert Plan.parse("3d", 12) == Plan(dp_shard=3, tp=2, pp=2, microbatches=8)
+    assert Plan.parse("1f1b", 1) == Plan()
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("pp=4 schedule=zbv microbatches=8", ["virtual=1", "virtual=2"]),
+        ("pp=4 schedule=gpipe virtual=2 microbatches=8", ["virtual=2", "virtual=1", "looped_bfs"]),
+        ("pp=4 schedule=1f1b virtual=2", ["virtual=2", "virtual=1", "interleaved"]),
+        ("pp=2 schedule=layerwise microbatches=4", ["microbatches=4", "microbatches=1", "gpipe"]),
+        ("pp=4 schedule=dualpipev virtual=2 microbatches=7", ["microbatches=7", "microbatches=8", "zbv"]),
+        ("pp=4 split=3,3,2 microbatches=4", ["split=3,3,2", "3 stages", "has 4"]),
+        ("pp=2 split=3,", ["split=3,", "balanced"]),
+    ],
+)
+def test_a_pipeline_that_its_schedule_cannot_run_is_refused_with_the_nearest_that_it_can(text: str, names: list[str]) -> None:
+    with pytest.raises(PlanError) as caught:
+        Plan.parse(text)
+    assert all(name in str(caught.value) for name in names), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_a_schedule_that_fits_only_some_pipelines_is_refused_when_the_ranks_are_known() -> None:
+    plan = Plan.parse("dualpipev microbatches=6")
+    assert plan.resolve(3).pp == 3
+    with pytest.raises(PlanError, match="microbatches=8"):
+        plan.resolve(4)

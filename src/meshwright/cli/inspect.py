@@ -1,4 +1,4 @@
-"""`meshwright inspect`: a model's blueprint as a tree, as JSON, in a file, or against one saved before."""
+"""`meshwright inspect`: a model's blueprint as a tree, as JSON, in a file, or against one saved before; or a plan's schedule."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
+from meshwright.cli.schedule import show_schedule
 from meshwright.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,9 +21,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "inspect", help="read a model from its code: blocks, parameters, FLOPs, saved bytes, what can be split"
     )
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="M", help="preset, gpt:..., llama:..., config.json, or package.module:callable")
     source.add_argument("--load", metavar="FILE", help="show a blueprint that was saved")
+    parser.add_argument("--plan", metavar="P", help="without --model: draw the pipeline schedule of this plan")
+    parser.add_argument("--svg", metavar="FILE", help="with --plan: write the drawing to a file too")
     parser.add_argument("--seq", type=int, metavar="S", help="sequence length (default: the model's)")
     parser.add_argument("--items", type=int, default=1, metavar="B", help="micro-batch to show amounts for (default 1)")
     parser.add_argument("--dtype", choices=DTYPES, help="capture as if parameters and float inputs had this type")
@@ -36,7 +39,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the blueprint; returns 0."""
+    """Print the blueprint, or a plan's schedule; returns 0."""
+    if not arguments.model and not arguments.load:
+        if not arguments.plan:
+            raise ConfigError("one of the arguments --model, --load, --plan is required")
+        return show_schedule(arguments.plan, getattr(arguments, "json", False), arguments.svg)
     if arguments.items < 1:
         raise ConfigError(f"--items {arguments.items} must be at least 1")
     import torch

@@ -1,5 +1,6 @@
 """One training step on any mesh."""
 
-from meshwright.engine.engine import Engine, Metrics, parallelize
+from meshwright.engine.engine import Engine, parallelize
+from meshwright.engine.metrics import Metrics
 
 __all__ = ["Engine", "Metrics", "parallelize"]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,37 +26,19 @@ from torch.distributed.fsdp import FSDPModule
 from meshwright import _torch
 from meshwright.engine import norm, state
 from meshwright.engine.batch import caller, plain, rows, split, to_device
+from meshwright.engine.flow import flow, loss_without_backward
 from meshwright.engine.ledger import Ledger
+from meshwright.engine.metrics import Metrics
 from meshwright.engine.optimizer import BoundOptimizer, OptimizerFactory
 from meshwright.engine.precision import LossScale, autocast, dtype_contract, match_norm_inputs
+from meshwright.engine.randomness import seeded
 from meshwright.errors import ConfigError, DataError, ModelError, TrainingError
 from meshwright.parallel import fsdp
-from meshwright.parallel.apply import COMPUTE_DTYPES, Reading, apply, refuse_unavailable
-from meshwright.parallel.materialise import derive_seed
+from meshwright.parallel.apply import COMPUTE_DTYPES, Reading, apply, average_batch_norms, refuse_unavailable
 from meshwright.parallel.partitioned import needs_example, sum_parts
+from meshwright.parallel.pipelined import refuse_output, sum_shared
 from meshwright.parallel.ranks import build_ranks, connect
 from meshwright.plan import Plan
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """What one step (or evaluation) found; the same on every rank.
-
-    `loss` is the mean over the global batch's `items`; `grad_norm` is taken before clipping. `skipped` says that the weights
-    were left as they were, because a gradient was not finite. `loss_scale` is 1 except under fp16.
-    """
-
-    step: int
-    loss: float
-    items: int
-    grad_norm: float = 0.0
-    lr: float = 0.0
-    skipped: bool = False
-    loss_scale: float = 1.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
-        return asdict(self)
 
 
 def parallelize(
@@ -152,6 +134,8 @@ class Engine:
         needs_example(plan, example_batch)
         self._applied = apply(model, plan, self.ranks, settings.seed, Reading(self._function, plain(example_batch)))
         self.module = self._applied.module
+        self.pipeline = self._applied.pipeline
+        self.seed = settings.seed
         self.table = self._applied.table
         self.bound = BoundOptimizer(optimizer, self.table, self.ranks) if optimizer else None
         self.dtypes = dtype_contract(plan.precision, self.table)
@@ -202,6 +186,10 @@ class Engine:
             parts = split(plain(batch), self.plan.microbatches)
             counts = [self._settings.count_fn(part) if part is not None else 0 for part in parts]
             self._expect(sum(counts))
+            if self.pipeline is not None:
+                self._flow(parts, counts)
+                self._reduce_rest()
+                return self._update(optimizer)
             for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
                 self._micro_step(part, int(count), last=index == len(parts) - 1)
             return self._update(optimizer)
@@ -226,6 +214,13 @@ class Engine:
             if self._applied.buckets is not None:
                 self._applied.buckets.finish()
 
+    def _flow(self, parts: list[Any], counts: list[int]) -> None:
+        assert self._expected is not None
+        expected = self._expected
+        found = self._run(lambda: flow(self, parts, counts, lambda count: self.loss_scale.value * count / expected))
+        for loss, count in found:
+            self._add(loss, count)
+
     def _caller(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[[Any], Any]:
         forward_fn = self._settings.forward_fn
         if forward_fn is not None:
@@ -239,18 +234,21 @@ class Engine:
 
     def _output_of(self, batch: Any) -> Any:
         """Return the model's output, by this rank's program where the plan partitions the model."""
+        refuse_output(self.plan)
         partition = self._applied.partition
         return self._run(lambda: self._call(batch) if partition is None else partition.run("output", self._call, batch))
 
     def _loss_of(self, batch: Any) -> Tensor:
         """Return the loss of the model's output, computed in one go (with cut logits, say)."""
-        partition = self._applied.partition
-
-        def compute(batch: Any) -> Tensor:
-            return self._loss(self._call(batch), batch)
-
+        partition, compute = self._applied.partition, self.compute_loss
+        if self.pipeline is not None:
+            return self._run(lambda: loss_without_backward(self, batch))  # type: ignore[no-any-return]
         loss: Tensor = self._run(lambda: compute(batch) if partition is None else partition.run("loss", compute, batch))
         return loss
+
+    def compute_loss(self, batch: Any) -> Tensor:
+        """Return the loss of a batch by the model's own code, as it is traced."""
+        return self._loss(self._call(batch), batch)
 
     def _loss(self, output: Any, batch: Any) -> Tensor:
         if self._settings.loss_fn is None:
@@ -284,6 +282,22 @@ class Engine:
         if count == 0:
             self._without_items += [tensor for tensor in _torch.tensors_of(output) if tensor.requires_grad]
         return output
+
+    def accumulate(self, batch: Any) -> None:
+        """Add the gradients of this data rank's share of a batch, for `full_gradients` and `optimizer_step`.
+
+        What `engine(batch)` and `backward` do together, for a plan with `pp` too; every rank must call it.
+        """
+        if self.pipeline is None:
+            self.backward(self._loss(self(batch), plain(batch)))
+            return
+        if not self._by_hand:
+            self._clear()
+            self._by_hand = True
+        parts = split(plain(batch), self.plan.microbatches)
+        counts = [int(self._settings.count_fn(part)) if part is not None else 0 for part in parts]
+        self._expect(sum(counts))
+        self._flow(parts, counts)
 
     def backward(self, loss: Tensor) -> None:
         """Differentiate a loss that is the mean over the items of the batches the engine was called with since the last backward.
@@ -324,18 +338,13 @@ class Engine:
         """
         self._reduce_rest()
         _, items, _ = self._collect()
-        ratio = (self._expected or 1.0) / (max(1.0, items) * self.loss_scale.value)
-        gradients = {}
-        for entry in self.table:
-            if entry.gradient is not None and entry.shape.numel():
-                full = state.gather_rows(entry, entry.gradient, self.ranks)
-                if self.ranks.rank == 0:
-                    gradients.update(dict.fromkeys(entry.names, full.cpu() * ratio))
-        return gradients
+        return state.full_gradients(self, (self._expected or 1.0) / (max(1.0, items) * self.loss_scale.value))
 
     def _reduce_rest(self) -> None:
         if self._applied.buckets is not None and not self._applied.buckets.reduced:
             self._begin(last=True)
+            if self.pipeline is not None:
+                self._applied.buckets.take_accumulated()
             self._applied.buckets.finish()
 
     # Inside a step
@@ -359,7 +368,8 @@ class Engine:
     def _expect(self, count: int) -> None:
         """Before the first step agree on the number of items that losses are divided by: one number, all-reduced once."""
         if self._expected is None:
-            total = torch.tensor(float(count) * self.ranks.speaks, dtype=torch.float64, device=self.ranks.device)
+            counted = self.ranks.speaks and self.ranks.pp_rank == 0
+            total = torch.tensor(float(count) * counted, dtype=torch.float64, device=self.ranks.device)
             if self.ranks.mesh is not None:
                 dist.all_reduce(total)
             self._expected = max(1.0, total.item())
@@ -399,8 +409,9 @@ class Engine:
                 entry.gradient = gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
         fsdp.attach(applied.sharded)
         sum_parts(self.table, self.ranks)
+        sum_shared(self.table, self.ranks)
         share = norm.square_sum(self.table, self.ranks)
-        if not any(entry.sharded or entry.cut for entry in self.table):
+        if applied.pipeline is None and not any(entry.sharded or entry.cut for entry in self.table):
             loss_sum, items = sums.tolist()
             return loss_sum, items, math.sqrt(share.item() * self.ranks.world_size)
         flags = [float(entry.used) for entry in applied.sharded]
@@ -437,21 +448,12 @@ class Engine:
             with torch.no_grad():
                 self._applied.buckets.publish()
         self.loss_scale.update(finite)
-        self._average_batch_norms()
+        average_batch_norms(self._applied.batch_norms, self.ranks)
         self._expected = items
         rate = optimizer.torch.param_groups[0]["lr"]
         metrics = Metrics(self.steps, loss_sum / items, round(items), grad_norm, rate, not finite, scale)
         self.steps += finite
         return metrics
-
-    def _average_batch_norms(self) -> None:
-        if self._applied.batch_norms and self.ranks.mesh is not None:
-            flat = torch.cat([buffer.flatten() for buffer in self._applied.batch_norms])
-            dist.all_reduce(flat)  # the running means and variances, over every rank
-            flat /= self.ranks.world_size
-            sizes = [buffer.numel() for buffer in self._applied.batch_norms]
-            for buffer, part in zip(self._applied.batch_norms, flat.split(sizes), strict=True):
-                buffer.copy_(part.view_as(buffer))
 
     def _clear(self) -> None:
         if self._applied.buckets is not None:
@@ -478,17 +480,10 @@ class Engine:
 
         So a run that was resumed draws the masks of one that was not, and no two data ranks draw the same.
         """
-        generators = _torch.seeded_default_generators(self.ranks.device)
-        states = [generator.get_state() for generator in generators]
-        seed = derive_seed(self._settings.seed, self.steps, self._micro_batches, self.data_rank)
+        place = (self.seed, self.steps, self._micro_batches, self.data_rank)
         self._micro_batches += 1
-        for generator in generators:
-            generator.manual_seed(seed)
-        try:
+        with seeded(self.ranks.device, *place):
             yield
-        finally:
-            for generator, before in zip(generators, states, strict=True):
-                generator.set_state(before)
 
     # Without gradients
 
@@ -503,7 +498,7 @@ class Engine:
             loss = self._evaluating(
                 lambda batch: self._loss_of(batch) if count else self._output_of(batch), part if count else self._stand_in(part)
             )
-            if count and self.ranks.speaks:
+            if count and self.ranks.speaks and (self.pipeline is None or self.pipeline.last):
                 sums[0], sums[1] = loss.double() * count, count
         if self.ranks.mesh is not None:
             dist.all_reduce(sums)  # (loss, items) over every rank

@@ -17,16 +17,18 @@ CLIP_EPSILON = 1e-6
 def square_sum(table: list[Parameter], ranks: Ranks) -> Tensor:
     """Return this rank's share of the squared gradient norm: a scalar whose sum over all ranks is the whole.
 
-    An element stands on every rank, less those axes that divide it: rows over `dp_shard`, a cut dim over `tp`. A tied weight is
-    one entry of the table and counts once. A float64 scalar on the gradients' device.
+    An element stands on every rank, less those axes that divide it: rows over `dp_shard`, a cut dim over `tp`, its place over
+    `pp`, where the first rank that holds it counts it. A tied weight is one entry of the table and counts once. A float64 scalar on
+    the gradients' device.
     """
-    total = torch.zeros((), dtype=torch.float64, device=table[0].live.device)
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    replicas = ranks.world_size // ranks.size("pp")
     for sharded, cut in itertools.product((True, False), repeat=2):
-        alike = [e for e in table if e.sharded == sharded and (e.cut is not None) == cut]
+        alike = [e for e in table if e.sharded == sharded and (e.cut is not None) == cut and e.homes[0] == ranks.pp_rank]
         gradients = [e.gradient for e in alike if e.gradient is not None and e.gradient.numel()]
         if not gradients:
             continue
-        copies = ranks.world_size // ((ranks.size("dp_shard") if sharded else 1) * (ranks.size("tp") if cut else 1))
+        copies = replicas // ((ranks.size("dp_shard") if sharded else 1) * (ranks.size("tp") if cut else 1))
         norms = torch.stack(torch._foreach_norm(gradients))
         total += norms.double().square().sum() / copies
     return total

@@ -69,7 +69,7 @@ class BoundOptimizer:
         self._group = ranks.group("dp_shard")
         self._owners: dict[int, int] = {}
         if not elementwise and self._group is not None:
-            self._owners = _assign([entry for entry in trainable if entry.sharded], self._group.size())
+            self._owners = _assign([entry for entry in trainable if entry.sharded and entry.here], self._group.size())
         self.entries: list[Parameter] = []
         self._updated: dict[int, nn.Parameter] = {}
         self._rebind(trainable, [entry for entry in table if not entry.trainable])
@@ -102,6 +102,8 @@ class BoundOptimizer:
                         f"the optimizer was given a tensor of shape {shape} that is no trainable parameter of the model"
                     )
                 entry = known[id(parameter)]
+                if not entry.here:
+                    continue  # another pipeline rank updates it
                 entries.append(entry)
                 self._adopt(entry, state.get(parameter, {}))
             group["params"] = [self._updated[id(entry)] for entry in entries if id(entry) in self._updated]

@@ -1,8 +1,8 @@
 """Applies a resolved Plan to a model, in one fixed order; the page to read first in this room.
 
-model on the meta device (or as given) -> parameter table (ties) -> cuts for tensor parallelism -> FSDP2 units -> memory for what is
-left on meta, and initial values, the same for every mesh -> gradient buckets with full-precision masters. Later axes take their
-place in this order.
+model on the meta device (or as given) -> parameter table (ties) -> cuts for tensor parallelism -> pipeline stages -> FSDP2 units ->
+memory for what is left on meta, and initial values, the same for every mesh -> gradient buckets with full-precision masters. Later
+axes take their place in this order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from meshwright.parallel import fsdp, materialise
 from meshwright.parallel.buckets import Buckets
 from meshwright.parallel.parameters import Parameter, collect, rebind
 from meshwright.parallel.partitioned import Partition, axes
-from meshwright.parallel.ranks import Ranks
+from meshwright.parallel.pipelined import Pipeline
+from meshwright.parallel.ranks import Ranks, open_homes
 from meshwright.plan import Plan
 
 COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,6 +51,7 @@ class Applied:
     buckets: Buckets | None
     batch_norms: list[Tensor] = field(default_factory=list)
     partition: Partition | None = None
+    pipeline: Pipeline | None = None
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,20 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     if ranks.world_size > 1 or compute_dtype is not None:
         for entry in table:
             _make_plain(entry)
-    partition = None
-    if axes(plan):
+    partition, pipeline = None, None
+    if axes(plan) or plan.pp > 1:
         partition = Partition(module, table, plan, ranks, compute_dtype)
         partition.choose(reading.function(module), reading.example)
+        if plan.pp > 1:
+            pipeline = Pipeline(partition, plan, ranks)
+            pipeline.choose(reading.function(module), reading.example)
+            open_homes(ranks, plan, [entry.homes for entry in table if len(entry.homes) > 1])
         partition.apply(table)
+    if pipeline is not None:
+        pipeline.drop_others(module, table, compute_dtype)
     root: fsdp.Root | None = None
     sharded: list[Parameter] = []
-    if plan.dp_shard > 1 and plan.zero == 3:
+    if plan.dp_shard > 1 and plan.zero == 3 and pipeline is None:
         if partition is not None:
             partition.as_dtensors(fsdp.shardable(table), ranks)
             rebind(module, table)
@@ -96,12 +104,15 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
         if partition is not None:
             partition.gathered_in(fsdp.unit_names(root), sharded)
     if recording is not None:
-        (root or module).to_empty(device=ranks.device)
-        rebind(module, table)
+        if pipeline is None:
+            (root or module).to_empty(device=ranks.device)
+            rebind(module, table)
+        else:
+            materialise.allocate(module, table, ranks.device)
         values.fill(module, table)
     if root is not None:
         fsdp.bind(root, sharded)
-    left = [entry for entry in table if entry.shape.numel() and not any(entry is taken for taken in sharded)]
+    left = [entry for entry in table if entry.here and entry.shape.numel() and not any(entry is taken for taken in sharded)]
     buckets = None
     if ranks.group("data") is not None or compute_dtype is not None:
         stage = 0 if plan.dp_shard == 1 else min(plan.zero, 2)
@@ -111,7 +122,7 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     forward: Callable[..., object] = module
     if plan.data_parallel and torch.cuda.device_count() > 1:
         forward = nn.DataParallel(module)
-    return Applied(module, forward, table, sharded, root, buckets, _batch_norm_statistics(module, ranks), partition)
+    return Applied(module, forward, table, sharded, root, buckets, _batch_norm_statistics(module, ranks), partition, pipeline)
 
 
 def _make_plain(entry: Parameter) -> None:
@@ -124,11 +135,12 @@ def _make_plain(entry: Parameter) -> None:
 def refuse_unavailable(plan: Plan) -> None:
     """Raise `PlanError` for a legal plan that this version does not execute yet."""
     default = Plan()
-    for name in ("pp", "ep", "schedule", "virtual", "recompute", "offload", "compile"):
+    pipeline = () if plan.pp != 1 else ("schedule", "virtual", "split")
+    for name in ("ep", *pipeline, "recompute", "offload", "compile"):
         if getattr(plan, name) != getattr(default, name):
             item = str(Plan(**{name: getattr(plan, name)}))
             raise PlanError(
-                f"{item} is not available in this version: leave {name} out; dp_replicate, dp_shard, zero, tp and cp are"
+                f"{item} is not available in this version: leave {name} out; dp_replicate, dp_shard, zero, tp, cp and pp are"
             )
     if plan.precision not in COMPUTE_DTYPES:
         raise PlanError(f"precision={plan.precision} is not available in this version: the nearest is precision=bf16")
@@ -154,6 +166,8 @@ class _Values:
         assert self.recording is not None
         with torch.no_grad():
             for entry in table:
+                if not entry.here:
+                    continue
                 target = entry.live.to_local() if isinstance(entry.live, DTensor) else entry.live
                 target.copy_(entry.local(self._value(self.tensors[entry.name])))
             for name, buffer in module.named_buffers(remove_duplicate=False):
@@ -194,3 +208,15 @@ def _batch_norm_statistics(module: nn.Module, ranks: Ranks) -> list[Tensor]:
             stacklevel=2,
         )
     return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
+
+
+def average_batch_norms(statistics: list[Tensor], ranks: Ranks) -> None:
+    """Average running means and variances over the data ranks; every rank must call it."""
+    group = ranks.group("data")
+    if not statistics or group is None:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in statistics])
+    dist.all_reduce(flat, group=group)  # two numbers a channel, over the ranks with the same part of the model
+    flat /= group.size()
+    for buffer, part in zip(statistics, flat.split([buffer.numel() for buffer in statistics]), strict=True):
+        buffer.copy_(part.view_as(buffer))

@@ -92,9 +92,12 @@ class Buckets:
         self._last = True
         self._next = 0
         self._sums = torch.zeros(2)
+        self._collectors: list[tuple[Parameter, Callable[[Tensor], None]]] = []
         for bucket in self.buckets:
             for index, entry in enumerate(bucket.entries):
-                entry.live.register_post_accumulate_grad_hook(self._hook(bucket, index))
+                collect = self._hook(bucket, index)
+                self._collectors.append((entry, collect))
+                entry.live.register_post_accumulate_grad_hook(collect)
 
     def _split(self, entry: Parameter, compute_dtype: torch.dtype | None) -> None:
         """Give `entry` its live tensor in the compute dtype, and its master: all or this rank's rows of the original."""
@@ -259,6 +262,12 @@ class Buckets:
         if bucket.kept is not None:
             bucket.part[: bucket.width] += bucket.kept[: bucket.width]
         bucket.kept, bucket.part = bucket.part, None
+
+    def take_accumulated(self) -> None:
+        """Collect what backwards that no `begin` preceded have left in the parameters (a pipeline's), as if it came now."""
+        for entry, collect in self._collectors:
+            if entry.live.grad is not None:
+                collect(entry.live)
 
     def finish(self) -> None:
         """End one backward: send what is left, with zeros for what this rank did not compute, and wait for all of it."""

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from meshwright import _torch
 from meshwright._torch import DispatchMode, storage_key, tensors_of, tree_map_tensors
 from meshwright.errors import ModelError
+from meshwright.parallel.parameters import Parameter, replace_live
 
 _META = torch.device("meta")
 _IS_META, _DEVICE = (getattr(Tensor, name).__get__ for name in ("is_meta", "device"))
@@ -240,3 +241,16 @@ class _LooksLikeCpu(TorchFunctionMode):
             if meta and func == _DEVICE:
                 return torch.device("cpu")
         return func(*args, **(kwargs or {}))
+
+
+def allocate(module: nn.Module, table: list[Parameter], device: torch.device) -> None:
+    """Give memory to the buffers of a module on the meta device, and to those parameters that this pipeline rank holds."""
+    for entry in table:
+        if entry.here:
+            empty = torch.empty_like(entry.live, device=device, requires_grad=False)
+            replace_live(module, entry, nn.Parameter(empty, requires_grad=entry.trainable))
+    made: dict[int, Tensor] = {}
+    for name, buffer in list(module.named_buffers(remove_duplicate=False)):
+        owner, _, attribute = name.rpartition(".")
+        made.setdefault(id(buffer), torch.empty_like(buffer, device=device))
+        setattr(module.get_submodule(owner), attribute, made[id(buffer)])

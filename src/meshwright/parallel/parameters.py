@@ -45,6 +45,7 @@ class Parameter:
     or this rank's rows of either.
     `whole` is the logical shape; where tensor parallelism cuts the parameter (`cut`), `shape` is that of this rank's part, which
     everything along the data axes takes for the parameter. `in_parts` says that each tensor-parallel rank's gradient is a part.
+    `homes` are the pipeline ranks that hold it, `here` whether this is one of them (elsewhere `live` is on the meta device).
     `rows` is (first, count) of this rank's rows where the master is sharded on dim 0 over `dp_shard`, else None.
     `gradient` is the reduced gradient of the master's shape, between the backward and the update; `used` says whether a
     backward of the step reached the parameter, on this rank while it runs, on any rank once it is reduced. `gathered` is FSDP2's
@@ -62,6 +63,8 @@ class Parameter:
     whole: torch.Size = field(default_factory=torch.Size)
     cut: Cut | None = None
     in_parts: bool = False
+    homes: tuple[int, ...] = (0,)
+    here: bool = True
     gradient: Tensor | None = field(default=None, repr=False)
     used: bool = field(default=False, repr=False)
     gathered: Tensor | None = field(default=None, repr=False)
@@ -105,6 +108,13 @@ def collect(module: nn.Module) -> list[Parameter]:
         names = tuple(name for name, _ in entries)
         table.append(Parameter(names, weakref.ref(first), first, first, first.shape, first.dtype, trainable, whole=first.shape))
     return table
+
+
+def replace_live(module: nn.Module, entry: Parameter, parameter: nn.Parameter) -> None:
+    """Put another tensor in the place of a parameter, under all its names."""
+    entry.live = entry.master = parameter
+    for name in entry.names:
+        _assign(module, name, parameter)
 
 
 def rebind(module: nn.Module, table: list[Parameter]) -> None:

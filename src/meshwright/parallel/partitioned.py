@@ -145,7 +145,19 @@ class Partition:
 
     def local(self, function: Function, batch: Any) -> Trace:
         """What this rank does for a batch."""
-        return self._passes(self.traced(function, batch))[-1].result
+        return self.passed(self.traced(function, batch))
+
+    def passed(self, found: Trace) -> Trace:
+        """What this rank does of a trace: the result of the plan's passes."""
+        passes = self._passes(found)
+        return passes[-1].result if passes else found
+
+    def key(self, batch: Any) -> tuple[Any, ...]:
+        """What a program depends on beside the batch's values: its structure and shapes, and the modules' modes."""
+        leaves, spec = _torch.tree_flatten(batch)
+        shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        modes = tuple(child.training for child in self.module.modules())
+        return str(spec), shapes, modes, torch.is_grad_enabled()
 
     def apply(self, entries: list[Parameter]) -> None:
         """Cut the parameters: each keeps its object and name, and holds this rank's part."""
@@ -161,11 +173,8 @@ class Partition:
 
     def run(self, kind: str, function: Function, batch: Any) -> Any:
         """Return `function(batch)`, computed by this rank's program for batches like this one; `kind` tells functions apart."""
-        leaves, spec = _torch.tree_flatten(batch)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        modes = tuple(child.training for child in self.module.modules())
-        key = (kind, str(spec), shapes, modes, torch.is_grad_enabled())
+        tensors = _torch.tensors_of(batch)
+        key = (kind, *self.key(batch))
         programs = self._programs.setdefault(key, [])
         self._programs.move_to_end(key)
         if len(self._programs) > _KEPT:
@@ -208,6 +217,7 @@ def sum_parts(table: list[Parameter], ranks: Ranks) -> None:
 
 def needs_example(plan: Plan, example: Any) -> None:
     """Raise `ConfigError` where a plan is to read the model from an example batch and has none."""
-    if axes(plan) and example is None:
-        names = ", ".join(f"{name}={axis.size}" for name, axis in axes(plan).items())
+    sizes = {name: axis.size for name, axis in axes(plan).items()} | ({"pp": plan.pp} if plan.pp > 1 else {})
+    if sizes and example is None:
+        names = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ConfigError(f"{names} needs example_batch=: the model is read from one batch before its weights are cut")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,10 +23,11 @@ from meshwright.plan import Plan
 class Ranks:
     """This process among its peers, under one resolved plan.
 
-    `mesh` has the axes (`dp_replicate`, `dp_shard`, `tp`) and is None for one rank without a process group; as far as parameters
-    and gradients go, ranks of `cp` are replicas, and `dp_replicate` here counts them too. `data_rank` of `data_ranks` is the share
-    of every global batch that belongs to this process; all ranks of `tp` and `cp` have the same share, and `speaks` for it is one
-    of them. Groups: the axes, `cp`, and `data` (every rank with the same part of the parameters).
+    `mesh` has the axes (`pp`, `dp_replicate`, `dp_shard`, `tp`) and is None for one rank without a process group; as far as
+    parameters and gradients go, ranks of `cp` are replicas, and `dp_replicate` here counts them too. `data_rank` of `data_ranks`
+    is the share of every global batch that belongs to this process; all ranks of `tp`, `cp` and `pp` have the same share, and
+    `speaks` for it is one of `tp` and `cp`. Groups: the axes, `cp`, and `data` (every rank with the same part of the parameters);
+    `homes` has those of some ranks of this pipeline.
     """
 
     rank: int
@@ -37,6 +39,8 @@ class Ranks:
     groups: dict[str, dist.ProcessGroup]
     cp_rank: int = 0
     tp_rank: int = 0
+    pp_rank: int = 0
+    homes: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """Return the process group along `axis`, or None where the axis has a single rank."""
@@ -107,20 +111,30 @@ def build_ranks(plan: Plan, device: torch.device | None = None) -> Ranks:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if world_size == 1:
         return Ranks(rank, world_size, device, None, 0, 1, {})
-    # Neighbouring ranks share a node, and the more an axis talks the further in it is: tp, then cp, dp_shard, dp_replicate.
-    ids = torch.arange(world_size).view(plan.dp_replicate, plan.dp_shard, plan.cp, plan.tp)
-    replicate, shard, cp_rank, tp_rank = ((ids == rank).nonzero()[0]).tolist()
-    states = ids.permute(0, 2, 1, 3).reshape(plan.dp_replicate * plan.cp, plan.dp_shard, plan.tp)
-    mesh = DeviceMesh(device.type, states, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
-    groups = {axis: mesh.get_group(axis) for axis in ("dp_replicate", "dp_shard", "tp") if mesh[axis].size() > 1}
+    # Neighbouring ranks share a node, and the more an axis talks the further in it is: tp, then cp, dp_shard, dp_replicate, pp.
+    ids = torch.arange(world_size).view(plan.pp, plan.dp_replicate, plan.dp_shard, plan.cp, plan.tp)
+    pp_rank, replicate, shard, cp_rank, tp_rank = ((ids == rank).nonzero()[0]).tolist()
+    names = ("pp", "dp_replicate", "dp_shard", "tp")
+    states = ids.permute(0, 1, 3, 2, 4).reshape(plan.pp, plan.dp_replicate * plan.cp, plan.dp_shard, plan.tp)
+    mesh = DeviceMesh(device.type, states, mesh_dim_names=names)
+    groups = {axis: mesh.get_group(axis) for axis in names if mesh[axis].size() > 1}
     if plan.cp > 1:
-        by_sequence = ids.permute(0, 1, 3, 2).reshape(-1, plan.cp)
+        by_sequence = ids.permute(0, 1, 2, 4, 3).reshape(-1, plan.cp)
         groups["cp"] = DeviceMesh(device.type, by_sequence, mesh_dim_names=("others", "cp")).get_group("cp")
-    if plan.tp == 1:
-        assert dist.group.WORLD is not None
-        groups["data"] = dist.group.WORLD
-    elif plan.tp < world_size:
-        by_part = ids.reshape(-1, plan.tp).T.contiguous()
-        groups["data"] = DeviceMesh(device.type, by_part, mesh_dim_names=("tp", "data")).get_group("data")
+    if plan.tp == plan.pp == 1:
+        groups["data"] = cast(dist.ProcessGroup, dist.group.WORLD)
+    elif plan.tp * plan.pp < world_size:
+        by_part = ids.permute(0, 4, 1, 2, 3).reshape(plan.pp * plan.tp, -1).contiguous()
+        groups["data"] = DeviceMesh(device.type, by_part, mesh_dim_names=("part", "data")).get_group("data")
     data_rank, data_ranks = replicate * plan.dp_shard + shard, plan.dp_replicate * plan.dp_shard
-    return Ranks(rank, world_size, device, mesh, data_rank, data_ranks, groups, cp_rank, tp_rank)
+    return Ranks(rank, world_size, device, mesh, data_rank, data_ranks, groups, cp_rank, tp_rank, pp_rank)
+
+
+def open_homes(ranks: Ranks, plan: Plan, sets: Iterable[tuple[int, ...]]) -> None:
+    """Make the groups of some ranks of each pipeline, for parameters that they share. Every rank must call it with equal sets."""
+    lines = torch.arange(ranks.world_size).view(plan.pp, -1).T.tolist()  # one pipeline each
+    for homes in sorted(set(sets)):
+        for line in lines:
+            group: Any = dist.new_group([line[home] for home in homes])
+            if line[ranks.pp_rank] == ranks.rank and ranks.pp_rank in homes:
+                ranks.homes[homes] = group

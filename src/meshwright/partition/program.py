@@ -59,13 +59,17 @@ class Program:
 
     def __call__(self, leaves: list[Tensor]) -> Any:
         """Return what the traced function returns for a batch's tensors. Raises `Stale` if its values lead another way."""
-        for segment in self.checks:
-            self._run(segment, self._inputs(leaves))
+        self.check(leaves)
         values = self._inputs(leaves)
         for segment in self.segments:
             self._run(segment, values)
         ends, spec = _torch.tree_flatten(self.trace.outputs)
         return _torch.tree_unflatten([values[leaf.number] if isinstance(leaf, Ref) else leaf for leaf in ends], spec)
+
+    def check(self, leaves: list[Tensor]) -> None:
+        """Raise `Stale` if a batch's values lead the model another way than when it was traced."""
+        for segment in self.checks:
+            self._run(segment, self._inputs(leaves))
 
     def code(self) -> str:
         """The generated Python, a function per segment."""

@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshwright.errors import PlanError
+from meshwright.plan.orders import SCHEDULES, check_counts
 
 AUTO = 0
-"""A degree that takes whatever ranks the other axes leave (written `auto` in the plan text)."""
+"""A degree that takes whatever ranks the other axes leave, or micro-batches that suit them (written `auto` in the plan text)."""
 
 _DEGREES = ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "cp_attention": ("auto", "allgather", "ring", "ulysses"),
     "precision": ("fp32", "bf16", "fp16", "fp8"),
-    "schedule": ("1f1b", "gpipe", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev", "layerwise"),
+    "schedule": SCHEDULES,
 }
+_AUTO_ALLOWED = ("dp_replicate", "dp_shard", "tp", "cp", "pp", "microbatches")
+_MICROBATCHES_PER_STAGE = 4  # keeps the bubble of 1f1b under a fifth: (P - 1) / (5P - 1)
 _OFFLOAD = re.compile(r"(optimizer|params|activations):(cpu|nvme=\S+)")
 
 
@@ -33,7 +36,9 @@ class Plan:
 
     Degrees (`dp_replicate`, `dp_shard`, `tp`, `cp`, `pp`, `ep`) count ranks along each axis; `AUTO` is resolved by
     `resolve(world_size)`. `zero` says what `dp_shard` ranks divide among themselves: 1 optimizer states, 2 also gradients,
-    3 also parameters. `microbatches` is the number of parts that each rank cuts its batch into before one update.
+    3 also parameters. `microbatches` is the number of parts that each rank cuts its batch into before one update; `AUTO` becomes
+    4 per pipeline stage, and 1 without a pipeline. `split` is `balanced`, or where the pipeline is cut: the number of blocks of
+    each stage (`5,4,3`) or the block that each stage but the first begins with (`layers.5,layers.9`).
     `cp_attention` is how attention meets the sequence cut by `cp` (`auto` takes what moves the fewest bytes).
     `data_parallel` is torch's single-process `nn.DataParallel` over the local devices (the plan named `dp`).
     """
@@ -49,6 +54,7 @@ class Plan:
     schedule: str = "1f1b"
     virtual: int = 1
     microbatches: int = 1
+    split: str = "balanced"
     recompute: str = "none"
     offload: str = "none"
     cp_attention: str = "auto"
@@ -63,7 +69,7 @@ class Plan:
                 raise PlanError(f"{field.name}={getattr(self, field.name)!r} must be of type {field.type}")
         for name in (*_DEGREES, "virtual", "microbatches"):
             value = getattr(self, name)
-            least = AUTO if name in _DEGREES and name != "ep" else 1
+            least = AUTO if name in _AUTO_ALLOWED else 1
             if value < least:
                 raise PlanError(f"{name}={value} is not a count of at least 1")
         if self.zero not in (1, 2, 3):
@@ -79,6 +85,7 @@ class Plan:
             for part in self.offload.split(","):
                 if not _OFFLOAD.fullmatch(part):
                     raise PlanError(f"offload={part} is unknown: use optimizer, params or activations with :cpu or :nvme=DIR")
+        _check_pipeline(self)
         if self.data_parallel and self.degree_product() not in (0, 1):
             raise PlanError("the plan dp is one process over the local devices: it takes no other axis")
 
@@ -89,6 +96,7 @@ class Plan:
         With `world_size` the plan is also resolved for that many ranks. Raises `PlanError` in one sentence.
         """
         values: dict[str, Any] = {}
+        suggested: dict[str, Any] = {}
         for item in re.sub(r"\s*=\s*", "=", text).split():
             key, equals, value = item.partition("=")
             given = {key: _value(key, value)} if equals else _named(item)
@@ -97,7 +105,8 @@ class Plan:
                     continue  # a named plan's open degree, now given
                 raise PlanError(f"{name} is given twice in {text!r}: {item!r} contradicts what stands before it")
             values |= given
-        plan = cls(**values)
+            suggested |= {} if equals else _SUGGESTED.get(item, {})
+        plan = cls(**suggested | values)
         return plan if world_size is None else plan.resolve(world_size)
 
     def __str__(self) -> str:
@@ -119,9 +128,10 @@ class Plan:
         return math.prod(getattr(self, name) for name in _DEGREES if name != "ep")
 
     def resolve(self, world_size: int) -> Plan:
-        """Return this plan with every `AUTO` degree filled for `world_size` ranks.
+        """Return this plan with every `AUTO` filled for `world_size` ranks.
 
-        Two open degrees (HSDP) split the free ranks into the two nearest factors, the larger one sharding.
+        Two open degrees (HSDP) split the free ranks into the two nearest factors, the larger one sharding; three (3D) into the
+        three nearest, the largest sharding.
         Raises `PlanError` if the axes don't multiply to `world_size`.
         """
         free = [name for name in _DEGREES if getattr(self, name) == AUTO]
@@ -130,6 +140,9 @@ class Plan:
             raise PlanError(self._size_advice(world_size, fixed, bool(free)))
         left = world_size // fixed
         filled: dict[str, Any] = dict(zip(free, _factors(left, len(free)), strict=True))
+        if self.microbatches == AUTO:
+            stages = filled.get("pp", self.pp)
+            filled["microbatches"] = 1 if stages == 1 or self.schedule == "layerwise" else _MICROBATCHES_PER_STAGE * stages
         return dataclasses.replace(self, **filled)
 
     def _size_advice(self, world_size: int, fixed: int, open_axis: bool) -> str:
@@ -157,15 +170,46 @@ _NAMED: dict[str, dict[str, Any]] = {
     "cp": {"cp": AUTO},
     "auto": {"dp_shard": AUTO, "zero": 3},  # until the planner exists: shard everything over the ranks at hand
 }
+_PIPELINE: dict[str, dict[str, Any]] = {
+    **{name: {"schedule": name} for name in SCHEDULES},
+    "3d": {"zero": 3},
+}
+_SUGGESTED: dict[str, dict[str, Any]] = {
+    name: {"pp": AUTO, "microbatches": AUTO}
+    | ({"dp_shard": AUTO, "tp": AUTO} if name == "3d" else {})
+    | ({"virtual": 2} if name in ("interleaved", "looped_bfs", "zbv", "dualpipev") else {})
+    for name in _PIPELINE
+}
+"""What a named plan sets unless the plan text says otherwise."""
+
+_NAMED |= _PIPELINE
 NAMED_PLANS = tuple(_NAMED)
-"""The named plans that this version runs."""
+"""The named plans; which of them this version executes is `parallel/apply.py`'s to say."""
+
+
+def _check_pipeline(plan: Plan) -> None:
+    """Raise `PlanError` for counts that the schedule can't take, as soon as they are known."""
+    if plan.pp > 1:
+        stages = plan.pp * plan.virtual
+        known = plan.microbatches or (1 if plan.schedule == "layerwise" else _MICROBATCHES_PER_STAGE * plan.pp)
+        check_counts(plan.schedule, plan.pp, plan.virtual, known)
+        if re.fullmatch(r"[0-9]+(,[0-9]+)*", plan.split) and plan.split.count(",") + 1 != stages:
+            raise PlanError(
+                f"split={plan.split} has {plan.split.count(',') + 1} stages, but pp={plan.pp} virtual={plan.virtual} has {stages}"
+            )
+    if not re.fullmatch(r"[^\s,=]+(,[^\s,=]+)*", plan.split):
+        raise PlanError(f"split={plan.split} is neither balanced nor a comma list of block counts or block names")
 
 
 def _factors(ranks: int, axes: int) -> list[int]:
+    """Near equal factors: the smaller first for two axes, the largest first for more."""
     if axes < 2:
         return [ranks] * axes
-    small = max(d for d in range(1, math.isqrt(ranks) + 1) if ranks % d == 0)
-    return [small, ranks // small] + [1] * (axes - 2)
+    if axes == 2:
+        small = max(d for d in range(1, math.isqrt(ranks) + 1) if ranks % d == 0)
+        return [small, ranks // small]
+    least = max(d for d in range(1, ranks + 1) if ranks % d == 0 and d**axes <= ranks)
+    return [*sorted(_factors(ranks // least, axes - 1), reverse=True), least]
 
 
 def _named(name: str) -> dict[str, Any]:
@@ -185,7 +229,7 @@ def _value(key: str, text: str) -> int | bool | str:
             raise PlanError(f"{key}={text} is neither on nor off")
         return text == "on"
     if kinds[key] == "int":
-        if text == "auto" and key in _DEGREES and key != "ep":
+        if text == "auto" and key in _AUTO_ALLOWED:
             return AUTO
         if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
             raise PlanError(f"{key}={text[:20]} is not a whole number of at least 1")
@@ -196,4 +240,4 @@ def _value(key: str, text: str) -> int | bool | str:
 def _text(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "auto" if name in _DEGREES and value == AUTO else str(value)
+    return "auto" if name in _AUTO_ALLOWED and value == AUTO else str(value)

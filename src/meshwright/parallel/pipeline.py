@@ -1,0 +1,224 @@
+"""`pp`: executes a rank's action list over the pieces of a trace, with point-to-point messages of `torch.distributed`.
+
+One runner serves every schedule, because a schedule is data (`plan/schedule.py`): F runs a stage's program on a micro-batch, B
+differentiates it, I and W do so in two goes (`partition/deferred.py`), SEND and RECV post messages, which travel while the rank
+computes. What a message holds was read from the trace: every tensor alive across the cut, directly to each stage that reads it.
+Bytes per micro-batch and edge: those tensors forward, the gradients of the float ones among them back, over `pp`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshwright import _torch
+from meshwright.blueprint.tape import Value
+from meshwright.partition.arguments import writes
+from meshwright.partition.deferred import Queue, _Due, defer, settle
+from meshwright.partition.program import Program
+from meshwright.partition.stages import Piece
+from meshwright.plan.schedule import Action, Schedule
+
+
+class Stage:
+    """A piece of a trace with its code: `run` computes it, plainly or with its weight gradients deferred."""
+
+    def __init__(self, piece: Piece, model: nn.Module, device: torch.device) -> None:
+        self.piece, self.model, self.device = piece, model, device
+        self.queue = Queue()
+        # What a leaf of autograd holds can't be written to.
+        self.writes = any(writes(op.func) for op in piece.trace.ops)
+        self._plain: Program | None = None
+        self._apart: Program | None = None
+
+    def program(self, apart: bool) -> Program:
+        """Return the program, made when it is first asked for; `apart` defers weight gradients."""
+        if apart and self._apart is None:
+            self._apart = Program(defer(self.piece.trace, self.queue), self.model, frozenset(), self.device)
+        if not apart and self._plain is None:
+            self._plain = Program(self.piece.trace, self.model, frozenset(), self.device)
+        found = self._apart if apart else self._plain
+        assert found is not None
+        return found
+
+
+@dataclass
+class Job:
+    """One micro-batch: this rank's stages for a batch of its shape, the batch's tensors, and what its loss is multiplied by."""
+
+    stages: dict[int, Stage]
+    leaves: list[Tensor]
+    weight: float = 1.0
+
+
+@dataclass
+class _Flight:
+    """What a micro-batch keeps on a stage between its forward and its backward."""
+
+    received: dict[int, Tensor] = field(default_factory=dict)
+    given: dict[int, Tensor] = field(default_factory=dict)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+    outgoing: dict[int, Tensor] = field(default_factory=dict)
+    due: list[_Due] = field(default_factory=list)
+    output: object = None
+
+
+@dataclass
+class Runner:
+    """Runs one step's lists on one rank. `context(stage, micro-batch)` is entered around every forward (random numbers)."""
+
+    schedule: Schedule
+    rank: int
+    group: dist.ProcessGroup
+    device: torch.device
+    context: Callable[[int, int], AbstractContextManager[None]]
+
+    def __post_init__(self) -> None:
+        self._flights: dict[tuple[int, int], _Flight] = {}
+        self._arriving: dict[tuple[int, str, int], list[tuple[int, Tensor, dist.Work | None]]] = {}
+        self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
+        apart = {(a.stage, a.microbatch) for a in self.schedule.actions[self.rank] if a.kind == "W"}
+        self._apart = frozenset(apart)
+
+    def run(self, jobs: Sequence[Job], backward: bool = True) -> dict[int, object]:
+        """Run the list for `jobs`, one for each micro-batch; return what the whole function returned for each, on the last stage.
+
+        Gradients are added to the parameters'. Without `backward` only the forwards run. Every rank of the pipeline must call
+        it, with the same number of jobs.
+        """
+        outputs: dict[int, object] = {}
+        for action in self.schedule.actions[self.rank]:
+            if not backward and action.kind not in ("F", "SEND_F", "RECV_F"):
+                continue
+            self._do(action, jobs[action.microbatch], backward)
+            if action.kind == "F" and action.stage == self.schedule.stages - 1:
+                flight = self._flights[action.stage, action.microbatch]
+                outputs[action.microbatch] = _torch.tree_map_tensors(Tensor.detach, flight.output)
+            if not backward and action.kind == "F":
+                self._flights[action.stage, action.microbatch].received.clear()
+        while self._leaving:
+            self._leaving.popleft()[0].wait()
+        self._flights.clear()
+        return outputs
+
+    def _do(self, action: Action, job: Job, backward: bool) -> None:
+        stage, kind, microbatch, peer = action
+        piece = job.stages[stage].piece
+        if kind == "F":
+            self._forward(stage, microbatch, job, backward)
+        elif kind == "SEND_F":
+            given = self._flights[stage, microbatch].given
+            self._send([given[n].detach() for n in piece.targets.get(peer, ())], piece.targets.get(peer, ()), piece, peer)
+        elif kind == "SEND_B":
+            outgoing = self._flights[stage, microbatch].outgoing
+            numbers = _graded(piece, piece.sources.get(peer, []))
+            self._send([outgoing.pop(n) for n in numbers], numbers, piece, peer)
+        elif kind in ("RECV_F", "RECV_B"):
+            numbers = piece.sources.get(peer, []) if kind == "RECV_F" else _graded(piece, piece.targets.get(peer, []))
+            self._arriving.setdefault((stage, kind[-1], microbatch), []).extend(self._receive(numbers, piece, peer))
+        elif kind == "W":
+            settle(self._flights[stage, microbatch].due)
+        else:
+            self._backward(stage, microbatch, job, kind)
+        while self._leaving and self._leaving[0][0].is_completed():
+            self._leaving.popleft()
+
+    # Computing
+
+    def _forward(self, stage: int, microbatch: int, job: Job, backward: bool) -> None:
+        here = job.stages[stage]
+        piece = here.piece
+        flight = self._flights.setdefault((stage, microbatch), _Flight())
+        for number, tensor in self._arrived(stage, "F", microbatch):
+            flight.received[number] = tensor
+        for number in piece.taken:
+            tensor = flight.received[number]
+            flight.received[number] = tensor.requires_grad_(backward and number in piece.graded)
+        taken = [flight.received[number] for number in piece.taken]
+        if here.writes:
+            taken = [tensor.clone() for tensor in taken]
+        here.queue.current = flight.due
+        with self.context(stage, microbatch), torch.set_grad_enabled(backward):
+            given, flight.output = here.program((stage, microbatch) in self._apart and backward)([*job.leaves, *taken])
+        flight.given = dict(zip(piece.given, given, strict=True))
+        for target, numbers in piece.targets.items():
+            if self.schedule.stage_ranks[target] == self.rank:
+                later = self._flights.setdefault((target, microbatch), _Flight())
+                later.received.update({number: flight.given[number].detach() for number in numbers})
+
+    def _backward(self, stage: int, microbatch: int, job: Job, kind: str) -> None:
+        piece = job.stages[stage].piece
+        flight = self._flights[stage, microbatch]
+        for number, gradient in self._arrived(stage, "B", microbatch):
+            _add(flight.gradients, number, gradient)
+        roots = [flight.given[number] for number in flight.gradients if flight.given[number].requires_grad]
+        seeds = [gradient for number, gradient in flight.gradients.items() if flight.given[number].requires_grad]
+        if isinstance(flight.output, Tensor):
+            roots.append(flight.output)
+            seeds.append(torch.full_like(flight.output, job.weight))
+        if roots:
+            torch.autograd.backward(roots, seeds)
+        if kind == "B":
+            settle(flight.due)
+        for source, numbers in piece.sources.items():
+            found = {number: _gradient(flight.received[number]) for number in _graded(piece, numbers)}
+            if self.schedule.stage_ranks[source] != self.rank:
+                flight.outgoing.update(found)
+                continue
+            for number, gradient in found.items():
+                _add(self._flights[source, microbatch].gradients, number, gradient)
+        flight.given, flight.gradients, flight.received, flight.output = {}, {}, {}, None
+
+    # Messages
+
+    def _send(self, tensors: Sequence[Tensor], numbers: Sequence[int], piece: Piece, peer: int) -> None:
+        to = self.schedule.stage_ranks[peer]
+        for tensor, number in zip(tensors, numbers, strict=True):
+            packed = tensor.permute(_order(piece.trace.values[number])).contiguous()
+            if packed.numel():
+                work = dist.isend(packed, group=self.group, group_dst=to)  # one tensor alive across a cut, over pp
+                assert work is not None
+                self._leaving.append((work, packed))
+
+    def _receive(self, numbers: Sequence[int], piece: Piece, peer: int) -> list[tuple[int, Tensor, dist.Work | None]]:
+        found: list[tuple[int, Tensor, dist.Work | None]] = []
+        for number in numbers:
+            value = piece.trace.values[number]
+            order = _order(value)
+            packed = torch.empty([value.shape[dim] for dim in order], dtype=value.dtype, device=self.device)
+            work = None
+            if packed.numel():
+                work = dist.irecv(packed, group=self.group, group_src=self.schedule.stage_ranks[peer])
+            back = sorted(range(len(order)), key=order.__getitem__)
+            found.append((number, packed.permute(back), work))
+        return found
+
+    def _arrived(self, stage: int, way: str, microbatch: int) -> list[tuple[int, Tensor]]:
+        arriving = self._arriving.pop((stage, way, microbatch), [])
+        for _, _, work in arriving:
+            if work is not None:
+                work.wait()
+        return [(number, tensor) for number, tensor, _ in arriving]
+
+
+def _order(value: Value) -> list[int]:
+    """Dims from the outermost in memory to the innermost, so that a tensor arrives with the strides that it was traced with."""
+    return sorted(range(len(value.shape)), key=lambda dim: -value.strides[dim] if value.shape[dim] > 1 else 0)
+
+
+def _graded(piece: Piece, numbers: Sequence[int]) -> list[int]:
+    return [number for number in numbers if number in piece.graded]
+
+
+def _gradient(received: Tensor) -> Tensor:
+    return torch.zeros_like(received) if received.grad is None else received.grad
+
+
+def _add(gradients: dict[int, Tensor], number: int, gradient: Tensor) -> None:
+    gradients[number] = gradients[number] + gradient if number in gradients else gradient
