@@ -83,17 +83,7 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     if ranks.world_size > 1 or compute_dtype is not None:
         for entry in table:
             _make_plain(entry)
-    partition, pipeline = None, None
-    if axes(plan) or plan.pp > 1:
-        partition = Partition(module, table, plan, ranks, compute_dtype)
-        partition.choose(reading.function(module), reading.example)
-        if plan.pp > 1:
-            pipeline = Pipeline(partition, plan, ranks)
-            pipeline.choose(reading.function(module), reading.example)
-            open_homes(ranks, plan, [entry.homes for entry in table if len(entry.homes) > 1])
-        partition.apply(table)
-    if pipeline is not None:
-        pipeline.drop_others(module, table, compute_dtype)
+    partition, pipeline = _divide(module, table, plan, ranks, reading, compute_dtype)
     root: fsdp.Root | None = None
     sharded: list[Parameter] = []
     if plan.dp_shard > 1 and plan.zero == 3 and pipeline is None:
@@ -123,6 +113,25 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     if plan.data_parallel and torch.cuda.device_count() > 1:
         forward = nn.DataParallel(module)
     return Applied(module, forward, table, sharded, root, buckets, _batch_norm_statistics(module, ranks), partition, pipeline)
+
+
+def _divide(
+    module: nn.Module, table: list[Parameter], plan: Plan, ranks: Ranks, reading: Reading, compute_dtype: torch.dtype | None
+) -> tuple[Partition | None, Pipeline | None]:
+    """Cut the ops over `tp` and `cp` and the model over `pp`; what belongs to other ranks is let go of."""
+    if not axes(plan) and plan.pp == 1:
+        return None, None
+    partition = Partition(module, table, plan, ranks, compute_dtype)
+    partition.choose(reading.function(module), reading.example)
+    if plan.pp == 1:
+        partition.apply(table)
+        return partition, None
+    pipeline = Pipeline(partition, plan, ranks)
+    pipeline.choose(reading.function(module), reading.example)
+    open_homes(ranks, plan, [entry.homes for entry in table if len(entry.homes) > 1])
+    partition.apply(table)
+    pipeline.drop_others(module, table, compute_dtype)
+    return partition, pipeline
 
 
 def _make_plain(entry: Parameter) -> None:

@@ -114,7 +114,7 @@ def replace_live(module: nn.Module, entry: Parameter, parameter: nn.Parameter) -
     """Put another tensor in the place of a parameter, under all its names."""
     entry.live = entry.master = parameter
     for name in entry.names:
-        _assign(module, name, parameter)
+        assign(module, name, parameter)
 
 
 def rebind(module: nn.Module, table: list[Parameter]) -> None:

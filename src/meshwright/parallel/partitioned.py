@@ -96,7 +96,8 @@ class Partition:
         """Parameters of these modules are whole only while the module is called (FSDP2), and then in the compute dtype."""
         self.units, self._sharded = frozenset(units), frozenset(map(id, sharded))
 
-    def _bound(self) -> dict[str, Tensor]:
+    def bound(self) -> dict[str, Tensor]:
+        """What programs compute with in the place of parameters, by name; FSDP2's are looked up when they have been gathered."""
         return {name: entry.live for entry in self.table if id(entry) not in self._sharded for name in entry.names}
 
     def as_dtensors(self, entries: list[Parameter], ranks: Ranks) -> None:
@@ -186,7 +187,7 @@ class Partition:
                 except Stale:
                     continue
         local = self.local(function, batch)
-        program = Program(local, self.module, self.units, tensors[0].device, self._bound())
+        program = Program(local, self.module, self.units, tensors[0].device, self.bound())
         programs.insert(0, program)
         del programs[8:]
         with _torch.without_autocast():
