@@ -63,7 +63,7 @@ def save(engine: Engine, path: Path, extra: dict[str, Any]) -> None:
 def _contents(engine: Engine, extra: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors, and everything else as JSON values. Raises `TypeError` for what JSON can't hold."""
     tensors, numbers = optimizer_tensors(engine)
-    tensors |= model_tensors(engine)
+    tensors |= model_tensors(engine, to_save=True)
     scale = engine.loss_scale
     groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups] if engine.bound else []
     state = {
