@@ -113,7 +113,8 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     buckets = None
     if ranks.group("data") is not None or compute_dtype is not None:
         stage = 0 if plan.dp_shard == 1 else min(plan.zero, 2)
-        buckets = Buckets(left, ranks, stage, compute_dtype) if any(entry.trainable for entry in left) else None
+        sleeps = pipeline is not None and plan.dp_shard > 1 and plan.zero == 3
+        buckets = Buckets(left, ranks, stage, compute_dtype, sleeps) if any(entry.trainable for entry in left) else None
     forward: Callable[..., object] = module
     if plan.data_parallel and torch.cuda.device_count() > 1:
         forward = nn.DataParallel(module)
