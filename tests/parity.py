@@ -48,7 +48,7 @@ def _forward(model: torch.nn.Module, batch: Any, name: str) -> Any:
 
 
 def reference(name: str, dtype: torch.dtype = torch.float64, rows: int = ROWS, steps: int = STEPS) -> dict[str, Any]:
-    case = zoo.CASES[name]
+    case = zoo.find(name)
     model = zoo.build(name, dtype)
     optimizer = adamw([p for p in model.parameters() if p.requires_grad])
     result: dict[str, Any] = {"losses": [], "norms": []}
@@ -80,7 +80,7 @@ def under_plan(
     name: str, plan: str, dtype: torch.dtype = torch.float64, rows: int = ROWS, steps: int = STEPS
 ) -> dict[str, Any] | None:
     """What each rank runs: one engine through `step`, another by hand for the gradients."""
-    case = zoo.CASES[name]
+    case = zoo.find(name)
     keywords: dict[str, Any] = {"optimizer": adamw, "loss_fn": case.loss, "count_fn": case.count, "clip_grad_norm": CLIP}
     example = _to(case.batch(0, rows), dtype)
     engine = mw.parallelize(zoo.build(name, dtype), plan, example_batch=example, **keywords)

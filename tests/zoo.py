@@ -230,10 +230,79 @@ CASES: dict[str, Case] = {
 }
 
 
+class UNet(nn.Module):
+    """Seven blocks; what each of the first three makes jumps to one of the last three, which work in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.SiLU()) for _ in range(3))
+        self.middle = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.SiLU())
+        self.up = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 4, 3, padding=1), nn.ReLU(inplace=True)) for _ in range(3))
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, skips = self.stem(x), []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+        x = self.middle(x)
+        for block in self.up:
+            x = block(torch.cat([x, skips.pop()], 1))
+        return self.head(x.mean((2, 3)))
+
+
+class DeepEncoderDecoder(nn.Module):
+    """Eight blocks; one table for both inputs and the output, so that three stages can share it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 16)
+        self.transformer = nn.Transformer(16, 2, 4, 4, 32, dropout=0.0, batch_first=True, norm_first=True)
+
+    def forward(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+        hidden = self.transformer(self.embedding(source), self.embedding(target))
+        return {"logits": F.linear(hidden, self.embedding.weight)}
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 2, "vocab_size": VOCAB}
+    return T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
+
+
+def _t5_batch(step: int, rows: int) -> dict[str, Tensor]:
+    tokens, labels = _tokens(step, rows)
+    return {"input_ids": tokens, "decoder_input_ids": tokens.flip(1), "labels": labels}
+
+
+def _logits_loss(output: Any, batch: Any) -> Tensor:
+    return losses.cross_entropy(output.logits, batch)
+
+
+_COUNT = losses.cross_entropy.count  # type: ignore[attr-defined]
+
+DEEP: dict[str, Case] = {
+    "gpt-8": Case(
+        lambda: Decoder(llama(layers=8, hidden=16, heads=4, kv_heads=2, vocab=VOCAB, sequence=12, tied=True)),
+        _tokens,
+        losses.cross_entropy,
+    ),
+    "encoder-decoder-8": Case(DeepEncoderDecoder, _pairs, _dict_loss, _COUNT),
+    "unet": Case(UNet, _pixels, _class_loss),
+    "hf-t5": Case(_t5, _t5_batch, _logits_loss, _COUNT),
+}
+"""Models with room for more stages, for pipelines only."""
+
+
+def find(name: str) -> Case:
+    return CASES[name] if name in CASES else DEEP[name]
+
+
 def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """Build a case's model with the same values wherever it is called; the second dtype of `rows` is kept."""
     torch.manual_seed(7)
-    model = CASES[name].build()
+    model = find(name).build()
     if name == "rows":
         model.first.to(dtype)
         model.second.to(dtype)

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from meshwright.checkpoint.folders import STATE
-from meshwright.checkpoint.tensors import Recut, empty_optimizer_states, model_tensors
+from meshwright.checkpoint.tensors import Recut, empty_optimizer_states, model_shapes, model_tensors
 from meshwright.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     state, reader, saved = _read(path)
     recut = Recut(engine)
     tensors = model_tensors(engine, recut)
-    _compare(path, {name: tensor.shape for name, tensor in tensors.items()}, {n: s for n, (s, _) in saved.items()})
+    _compare(path, model_shapes(engine), {n: s for n, (s, _) in saved.items()})
     with_optimizer = engine.bound is not None and state["optimizer"]["class"] is not None
     if with_optimizer:
         _compare_groups(engine, path, state["optimizer"])

@@ -64,7 +64,7 @@ def _contents(engine: Engine, extra: dict[str, Any]) -> tuple[dict[str, Tensor],
     """Return the tensors, and everything else as JSON values. Raises `TypeError` for what JSON can't hold."""
     recut = Recut(engine)
     tensors, numbers = optimizer_tensors(engine, recut)
-    tensors |= model_tensors(engine, recut)
+    tensors |= model_tensors(engine, recut, to_save=True)
     scale = engine.loss_scale
     groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups] if engine.bound else []
     state = {

@@ -47,18 +47,33 @@ class Recut:
             local.copy_(entry.local(made.full_tensor()))
 
 
-def model_tensors(engine: Engine, recut: Recut) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers; loading into the returned tensors, and `recut.put_back()`, changes the engine's
-    own.
+def model_tensors(engine: Engine, recut: Recut, to_save: bool = False) -> dict[str, Tensor]:
+    """Return this rank's parameters and persistent buffers; loading into the returned tensors, and then `recut.put_back()`, changes
+    the engine's own.
+
+    `to_save`: those that this pipeline rank speaks for, so that what several hold is written by one.
     """
     names = {name: entry for entry in engine.table for name in entry.names}
+    homes = engine.pipeline.buffer_homes if engine.pipeline is not None else {}
+    mine = engine.ranks.pp_rank
     tensors: dict[str, Tensor] = {}
     for entry in engine.table:
-        tensors[f"model.{entry.name}"] = _logical(engine, entry, entry.master.detach(), recut)
+        if entry.here and not (to_save and entry.homes[0] != mine):
+            tensors[f"model.{entry.name}"] = _logical(engine, entry, entry.master.detach(), recut)
     for name, value in engine.module.state_dict(keep_vars=True).items():
-        if name not in names and isinstance(value, Tensor):
+        if name not in names and isinstance(value, Tensor) and not (to_save and homes.get(name, 0) != mine):
             tensors[f"model.{name}"] = value.detach()
     return tensors
+
+
+def model_shapes(engine: Engine) -> dict[str, torch.Size]:
+    """Return the whole shapes of all parameters and persistent buffers, of every pipeline rank, by their names in a checkpoint."""
+    names = {name: entry for entry in engine.table for name in entry.names}
+    shapes = {f"model.{entry.name}": entry.whole for entry in engine.table}
+    for name, value in engine.module.state_dict(keep_vars=True).items():
+        if name not in names and isinstance(value, Tensor):
+            shapes[f"model.{name}"] = value.shape
+    return shapes
 
 
 def _logical(engine: Engine, entry: Parameter, local: Tensor, recut: Recut) -> Tensor:

@@ -217,6 +217,9 @@ class Engine:
     def _flow(self, parts: list[Any], counts: list[int]) -> None:
         assert self._expected is not None
         expected = self._expected
+        if self._applied.buckets is not None:
+            with torch.no_grad():
+                self._applied.buckets.wake()
         found = self._run(lambda: flow(self, parts, counts, lambda count: self.loss_scale.value * count / expected))
         for loss, count in found:
             self._add(loss, count)
@@ -444,7 +447,7 @@ class Engine:
             norm.scale(self.table, ratio * norm.clip_coefficient(grad_norm, self._settings.clip_grad_norm))
             optimizer.step()
         self._clear()  # gradients make room for the gathered rows
-        if finite and self._applied.buckets is not None:
+        if self._applied.buckets is not None and (finite or self._applied.buckets.sleeps):
             with torch.no_grad():
                 self._applied.buckets.publish()
         self.loss_scale.update(finite)
@@ -494,6 +497,8 @@ class Engine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         part = plain(batch)
         count = int(self._settings.count_fn(part)) if part is not None else 0
+        if self._applied.buckets is not None:
+            self._applied.buckets.wake()
         if count or self._applied.sharded:
             loss = self._evaluating(
                 lambda batch: self._loss_of(batch) if count else self._output_of(batch), part if count else self._stand_in(part)

@@ -104,10 +104,11 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
         fsdp.bind(root, sharded)
     left = [entry for entry in table if entry.here and entry.shape.numel() and not any(entry is taken for taken in sharded)]
     buckets = None
+    sleeps = pipeline is not None and plan.dp_shard > 1 and plan.zero == 3
     if ranks.group("data") is not None or compute_dtype is not None:
         stage = 0 if plan.dp_shard == 1 else min(plan.zero, 2)
-        buckets = Buckets(left, ranks, stage, compute_dtype) if any(entry.trainable for entry in left) else None
-    if partition is not None:
+        buckets = Buckets(left, ranks, stage, compute_dtype, sleeps) if any(entry.trainable for entry in left) else None
+    if partition is not None and not sleeps:
         partition.as_dtensors(left, ranks)
     forward: Callable[..., object] = module
     if plan.data_parallel and torch.cuda.device_count() > 1:

@@ -70,9 +70,14 @@ class Buckets:
     to date. `clear()` frees gradients. All ranks must call these together.
     """
 
-    def __init__(self, entries: list[Parameter], ranks: Ranks, stage: int, compute_dtype: torch.dtype | None) -> None:
-        """Split the masters of `entries`, cut them into buckets and hook their gradients."""
-        self.stage = stage
+    def __init__(
+        self, entries: list[Parameter], ranks: Ranks, stage: int, compute_dtype: torch.dtype | None, sleeps: bool = False
+    ) -> None:
+        """Split the masters of `entries`, cut them into buckets and hook their gradients.
+
+        With `sleeps` (zero=3 of a pipeline) the live parameters have no memory between an update and the next `wake`.
+        """
+        self.stage, self.sleeps, self._asleep = stage, sleeps, False
         self.shard_group = ranks.group("dp_shard") if stage else None
         self.sum_group = ranks.group("dp_replicate") if stage else ranks.group("data")
         self.shards = dist.get_world_size(self.shard_group) if self.shard_group else 1
@@ -111,7 +116,8 @@ class Buckets:
             storage = full.new_zeros((rows * self.shards, *entry.shape[1:]), dtype=live_dtype)
             live = storage[: entry.shape[0]].copy_(full)
             entry.rows = shard_rows(entry.shape[0], self.shards, self.shard_rank)
-            entry.master = nn.Parameter(entry.own_rows(live) if live_dtype == full.dtype else entry.own_rows(full).clone())
+            shares = live_dtype == full.dtype and not self.sleeps
+            entry.master = nn.Parameter(entry.own_rows(live) if shares else entry.own_rows(full).clone())
             entry.live.data = live
             self._storage[id(entry)] = storage
         elif live_dtype != full.dtype:
@@ -312,13 +318,30 @@ class Buckets:
         loss, high, low = tails[-3:]
         return torch.tensor([loss, high * _DIGIT + low], dtype=torch.float64)
 
+    def wake(self) -> None:
+        """Gather the live parameters if they sleep: once a step, over `dp_shard`. Every rank must call it."""
+        if self._asleep:
+            self._asleep = False
+            for storage in self._storage.values():
+                storage.untyped_storage().resize_(storage.numel() * storage.element_size())
+                storage.zero_()
+            self._bring_up_to_date()
+
     def publish(self) -> None:
-        """Bring the live parameters up to date with the updated masters. Every rank must call it."""
+        """Bring the live parameters up to date with the updated masters, or let them sleep. Every rank must call it."""
+        if not self.sleeps:
+            self._bring_up_to_date()
+            return
+        self._asleep = True
+        for storage in self._storage.values():
+            storage.untyped_storage().resize_(0)
+
+    def _bring_up_to_date(self) -> None:
         flying: list[tuple[_Bucket, Tensor, dist.Work]] = []
         for bucket in reversed(self.buckets):
             for entry in bucket.entries:
-                if entry.master.dtype != entry.live.dtype:  # a copy in full precision; else they share memory
-                    entry.local(entry.live.detach()).copy_(entry.master.detach())
+                if entry.master.dtype != entry.live.dtype or (id(entry) in self._storage and self.sleeps):  # else they share memory
+                    entry.own_rows(entry.live.detach()).copy_(entry.master.detach())
             if not any(id(entry) in self._storage for entry in bucket.entries):
                 continue
             flying.append(self._gather(bucket))

@@ -9,7 +9,7 @@ import datetime
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -114,27 +114,38 @@ def build_ranks(plan: Plan, device: torch.device | None = None) -> Ranks:
     # Neighbouring ranks share a node, and the more an axis talks the further in it is: tp, then cp, dp_shard, dp_replicate, pp.
     ids = torch.arange(world_size).view(plan.pp, plan.dp_replicate, plan.dp_shard, plan.cp, plan.tp)
     pp_rank, replicate, shard, cp_rank, tp_rank = ((ids == rank).nonzero()[0]).tolist()
-    names = ("pp", "dp_replicate", "dp_shard", "tp")
-    states = ids.permute(0, 1, 3, 2, 4).reshape(plan.pp, plan.dp_replicate * plan.cp, plan.dp_shard, plan.tp)
+    sizes = {"pp": plan.pp, "dp_replicate": plan.dp_replicate * plan.cp, "dp_shard": plan.dp_shard, "tp": plan.tp}
+    # A process group costs threads and connections: an axis of one rank gets none.
+    names = tuple(name for name, size in sizes.items() if size > 1)
+    states = ids.permute(0, 1, 3, 2, 4).reshape([sizes[name] for name in names])
     mesh = DeviceMesh(device.type, states, mesh_dim_names=names)
-    groups = {axis: mesh.get_group(axis) for axis in names if mesh[axis].size() > 1}
+    groups = {axis: mesh.get_group(axis) for axis in names}
     if plan.cp > 1:
-        by_sequence = ids.permute(0, 1, 2, 4, 3).reshape(-1, plan.cp)
-        groups["cp"] = DeviceMesh(device.type, by_sequence, mesh_dim_names=("others", "cp")).get_group("cp")
-    if plan.tp == plan.pp == 1:
-        groups["data"] = cast(dist.ProcessGroup, dist.group.WORLD)
-    elif plan.tp * plan.pp < world_size:
-        by_part = ids.permute(0, 4, 1, 2, 3).reshape(plan.pp * plan.tp, -1).contiguous()
-        groups["data"] = DeviceMesh(device.type, by_part, mesh_dim_names=("part", "data")).get_group("data")
+        alone = plan.dp_replicate == 1
+        groups["cp"] = groups["dp_replicate"] if alone else _subgroup(ids.permute(0, 1, 2, 4, 3).reshape(-1, plan.cp))
+    data_axes = [name for name in ("dp_replicate", "dp_shard") if name in groups]
+    if len(data_axes) == 1:
+        groups["data"] = groups[data_axes[0]]
+    elif data_axes:
+        by_part = ids.permute(0, 4, 1, 2, 3).reshape(plan.pp * plan.tp, -1)
+        groups["data"] = cast(dist.ProcessGroup, dist.group.WORLD) if plan.tp == plan.pp == 1 else _subgroup(by_part)
     data_rank, data_ranks = replicate * plan.dp_shard + shard, plan.dp_replicate * plan.dp_shard
     return Ranks(rank, world_size, device, mesh, data_rank, data_ranks, groups, cp_rank, tp_rank, pp_rank)
 
 
 def open_homes(ranks: Ranks, plan: Plan, sets: Iterable[tuple[int, ...]]) -> None:
     """Make the groups of some ranks of each pipeline, for parameters that they share. Every rank must call it with equal sets."""
-    lines = torch.arange(ranks.world_size).view(plan.pp, -1).T.tolist()  # one pipeline each
+    lines = torch.arange(ranks.world_size).view(plan.pp, -1).T  # one pipeline each
     for homes in sorted(set(sets)):
-        for line in lines:
-            group: Any = dist.new_group([line[home] for home in homes])
-            if line[ranks.pp_rank] == ranks.rank and ranks.pp_rank in homes:
-                ranks.homes[homes] = group
+        if len(homes) == plan.pp:
+            ranks.homes[homes] = ranks.groups["pp"]
+            continue
+        group, _ = dist.new_subgroups_by_enumeration(lines[:, list(homes)].tolist())
+        if group is not None and ranks.pp_rank in homes:
+            ranks.homes[homes] = group
+
+
+def _subgroup(lines: torch.Tensor) -> dist.ProcessGroup:
+    """Return this rank's group among disjoint groups [groups, ranks] of all ranks; every rank must call it."""
+    group, _ = dist.new_subgroups_by_enumeration(lines.tolist())
+    return cast(dist.ProcessGroup, group)
