@@ -67,7 +67,11 @@ class Partition:
         self._programs: OrderedDict[Any, list[Program]] = OrderedDict()
 
     def choose(self, function: Function, example: Any) -> None:
-        """Decide which parameters are cut and which get parts of gradients. Raises `PlanError` in one sentence."""
+        """Decide which parameters are cut and which get parts of gradients. Raises `PlanError` in one sentence.
+
+        An example of one row is read as one of two: a dim of size one takes paths that others don't.
+        """
+        example = _torch.tree_map_tensors(lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, example)
         found = self.traced(function, example)
         axis = self.axes.get("tp")
         if axis is not None:
