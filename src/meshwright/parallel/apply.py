@@ -122,17 +122,27 @@ def _divide(
     """Cut the ops over `tp` and `cp` and the model over `pp`; what belongs to other ranks is let go of."""
     if not axes(plan) and plan.pp == 1:
         return None, None
+    example = _rank_zeros(reading.example, ranks)
     partition = Partition(module, table, plan, ranks, compute_dtype)
-    partition.choose(reading.function(module), reading.example)
+    partition.choose(reading.function(module), example)
     if plan.pp == 1:
         partition.apply(table)
         return partition, None
     pipeline = Pipeline(partition, plan, ranks)
-    pipeline.choose(reading.function(module), reading.example)
+    pipeline.choose(reading.function(module), example)
     open_homes(ranks, plan, [entry.homes for entry in table if len(entry.homes) > 1])
     partition.apply(table)
     pipeline.drop_others(module, table, compute_dtype)
     return partition, pipeline
+
+
+def _rank_zeros(example: Any, ranks: Ranks) -> Any:
+    """Return rank 0's example on every rank: what is read off it must come out the same everywhere."""
+    if ranks.mesh is None:
+        return example
+    held = [tree_map_tensors(lambda tensor: tensor.cpu(), example) if ranks.rank == 0 else None]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
 
 
 def _make_plain(entry: Parameter) -> None:
