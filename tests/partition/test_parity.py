@@ -30,7 +30,7 @@ PLANS = [
 
 
 def _refusal(name: str, plan: str) -> str | None:
-    axes = [axis for axis in ("cp", "tp") if re.search(rf"\b{axis}\b", plan)] + (["tp"] if "2d" in plan else [])
+    axes = [axis for axis in ("tp", "cp") if re.search(rf"\b{axis}\b", plan)]
     return next((REFUSED[name, axis] for axis in axes if (name, axis) in REFUSED), None)
 
 
