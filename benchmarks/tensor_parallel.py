@@ -342,9 +342,7 @@ def _compare(raw: dict[str, Any]) -> dict[str, Any]:
         found["to_ddp"] = {name: Ratio.of(one, ddp).to_json() for name, one in times.items()}
     floor = [times[name] for name in times if name.startswith("floor")]
     if len(floor) == 2:
-        parts = Times(
-            *([a + b for a, b in zip(*pair, strict=True)] for pair in zip(*[(f.cpu_s, f.wall_s) for f in floor], strict=True))
-        )
+        parts = Times(*([a + b for a, b in zip(*pair, strict=True)] for pair in zip(*[(f.cpu_s, f.wall_s) for f in floor], strict=True)))
         found["to_floor"] = {name: Ratio.of(one, parts).to_json() for name, one in times.items() if "meshwright" in name}
     return found
 
