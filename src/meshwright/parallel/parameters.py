@@ -49,7 +49,7 @@ class Parameter:
     `rows` is (first, count) of this rank's rows where the master is sharded on dim 0 over `dp_shard`, else None.
     `gradient` is the reduced gradient of the master's shape, between the backward and the update; `used` says whether a
     backward of the step reached the parameter, on this rank while it runs, on any rank once it is reduced. `gathered` is FSDP2's
-    whole tensor, whose memory comes and goes.
+    whole tensor, whose memory comes and goes; `summed` is the gradient once the parts of the step have been summed.
     """
 
     names: tuple[str, ...]
@@ -68,6 +68,7 @@ class Parameter:
     gradient: Tensor | None = field(default=None, repr=False)
     used: bool = field(default=False, repr=False)
     gathered: Tensor | None = field(default=None, repr=False)
+    summed: Tensor | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:

@@ -205,19 +205,22 @@ class Partition:
 
 
 def sum_parts(table: list[Parameter], ranks: Ranks) -> None:
-    """Sum the gradients that are parts over the tensor-parallel ranks: one all-reduce for all of a dtype."""
+    """Sum the gradients that are parts over the tensor-parallel ranks, once a step: one all-reduce for all of a dtype."""
     group = ranks.group("tp")
     if group is None:
         return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    by_dtype: dict[torch.dtype, list[Parameter]] = {}
     for entry in table:
-        if entry.in_parts and entry.gradient is not None and entry.gradient.numel():
-            by_dtype.setdefault(entry.gradient.dtype, []).append(entry.gradient)
-    for gradients in by_dtype.values():
+        if entry.summed is not None:
+            entry.gradient = entry.summed
+        elif entry.in_parts and entry.gradient is not None and entry.gradient.numel():
+            by_dtype.setdefault(entry.gradient.dtype, []).append(entry)
+    for entries in by_dtype.values():
+        gradients = [entry.gradient for entry in entries if entry.gradient is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat, group=group)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        for entry, gradient, part in zip(entries, gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            entry.summed = gradient.copy_(part.view_as(gradient))
 
 
 def needs_example(plan: Plan, example: Any) -> None:

@@ -67,9 +67,13 @@ def _choose(run: Any, attention: Attention, operands: list[Any]) -> str:
     query, key, value, mask = operands
     size = run.axis.size
     states = [run.states[ref.number] for ref in (query, key, value)]
+    label = states[0].label
     alike = all(state.is_cut and state.dim == 2 and run.axis.divides(state.label) for state in states)
     heads, groups = run.values[query.number].shape[1], run.values[key.number].shape[1]
-    can_ring = alike and mask is None and attention.dropout == 0.0 and _torch.has_attention_kernel(run.values[query.number].dtype)
+    same = not attention.causal or all(state.label == label for state in states)
+    can_ring = (
+        alike and same and mask is None and attention.dropout == 0.0 and _torch.has_attention_kernel(run.values[query.number].dtype)
+    )
     can_exchange = alike and heads % size == 0 and groups % size == 0
     wanted = run.policy.method
     if wanted != "auto":
@@ -128,7 +132,7 @@ class Causal(Collective):
         results, first = [], 0
         grouped = key.shape[1] != query.shape[1]
         for start, length in self.axis.pieces(self.label, self.axis.rank):
-            end = start + length
+            end = min(start + length, key.shape[2])
             mask = torch.ones(length, end, dtype=torch.bool, device=query.device).tril_(start)
             results.append(
                 F.scaled_dot_product_attention(

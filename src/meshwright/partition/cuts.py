@@ -11,6 +11,7 @@ from meshwright.blueprint.record import Region, Split
 from meshwright.blueprint.regions import find
 from meshwright.blueprint.tape import Tape
 from meshwright.errors import PlanError
+from meshwright.partition.arguments import writes
 from meshwright.partition.state import Axis
 from meshwright.partition.trace import Guard, Trace, TracedOp, is_opaque
 
@@ -26,7 +27,8 @@ class Cuts:
 
 def choose(trace: Trace, axis: Axis) -> Cuts:
     """Return the cuts for an axis. Raises `PlanError` with the nearest degree that works if nothing, or attention, can't be cut."""
-    regions = [region for region in find_regions(trace) if not _is_positions(trace, region)]
+    written = written_parameters(trace)
+    regions = [region for region in find_regions(trace) if not (written & _names(region) or _is_positions(trace, region))]
     if not regions:
         raise PlanError(f"{axis.name}={axis.size}: no weight of this model can be split over ranks: leave {axis.name} out")
     found = Cuts()
@@ -81,6 +83,16 @@ def find_regions(trace: Trace) -> list[Region]:
             tape.values[number].producer = -2
     tape.ops += _ops(trace)
     return find(tape, len(tape.ops), trace.output_numbers(), 0, open_ended=True).regions
+
+
+def written_parameters(trace: Trace) -> set[str]:
+    """Names of parameters that the model writes to as it runs (a table whose rows are kept short): these stay whole."""
+    written = {trace.values[op.inputs[0]].storage for op in trace.ops if op.inputs and writes(op.func)}
+    return {name for number, name in trace.parameters.items() if trace.values[number].storage in written}
+
+
+def _names(region: Region) -> set[str]:
+    return {split.tensor for split in (*region.columns, *region.rows, *region.vectors)}
 
 
 def _fits(region: Region, axis: Axis) -> bool:

@@ -128,6 +128,18 @@ class Groups(Collective):
         return tensor.narrow(1, self.axis.rank * self.groups // self.axis.size, 1)
 
 
+class Own(Collective):
+    """A copy with the strides that the trace saw, so that views of it are views and can be written into."""
+
+    def __init__(self, axis: Axis, strides: tuple[int, ...]) -> None:
+        super().__init__(axis)
+        self.strides = strides
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the copy."""
+        return torch.empty_strided(tensor.shape, self.strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 class KeepSlice(Collective):
     """Statistics that an op has updated in this rank's part of a buffer: gathered into the whole one."""
 

@@ -21,7 +21,7 @@ from meshwright import _torch
 from meshwright.blueprint.tape import Ref
 from meshwright.partition.arguments import writes
 from meshwright.partition.local import KeepSlice
-from meshwright.partition.trace import Guard, Trace, TracedOp, is_opaque
+from meshwright.partition.trace import Guard, Stale, Trace, TracedOp, draws, is_opaque
 
 
 @dataclass
@@ -54,6 +54,8 @@ class Program:
         checked = {id(op) for op in guards if isinstance(op.func, Guard)}
         kept = _reached(trace, outputs, lambda op: id(op) not in checked and _has_effect(op))
         self.checks = self._segments(guards, frozenset(), [])
+        self._checks_write = any(writes(op.func) for op in guards)
+        self._checks_draw = any(draws(op) for op in guards)
         self.ops = kept
         self.segments = self._segments(kept, units, outputs)
 
@@ -67,9 +69,22 @@ class Program:
         return _torch.tree_unflatten([values[leaf.number] if isinstance(leaf, Ref) else leaf for leaf in ends], spec)
 
     def check(self, leaves: list[Tensor]) -> None:
-        """Raise `Stale` if a batch's values lead the model another way than when it was traced."""
-        for segment in self.checks:
-            self._run(segment, self._inputs(leaves))
+        """Look again at what Python saw, and raise `Stale` if it differs.
+
+        Nothing is changed by it: writes go to copies, and a draw that led elsewhere is undone.
+        """
+        values = self._inputs(leaves)
+        if self._checks_write:
+            values = {number: tensor.clone() for number, tensor in values.items()}
+        generators = _torch.seeded_default_generators(self.device) if self._checks_draw else []
+        before = [generator.get_state() for generator in generators]
+        try:
+            for segment in self.checks:
+                self._run(segment, values, copied=self._checks_write)
+        except Stale:
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)
+            raise
 
     def code(self) -> str:
         """The generated Python, a function per segment."""
@@ -78,14 +93,14 @@ class Program:
     def _inputs(self, leaves: list[Tensor]) -> dict[int, Tensor]:
         return {number: leaves[place] for number, place in self.trace.inputs.items()}
 
-    def _run(self, segment: _Segment, values: dict[int, Tensor]) -> None:
+    def _run(self, segment: _Segment, values: dict[int, Tensor], copied: bool = False) -> None:
         code = segment.code
         assert code is not None
         taken = [values[number] for number in segment.takes]
 
         def run(*tensors: Tensor) -> tuple[Any, ...]:
-            state = [_lookup(owner, name) for owner, name in segment.names]
-            return code(*tensors, *state, *segment.held)
+            state = [*(_lookup(owner, name) for owner, name in segment.names), *segment.held]
+            return code(*tensors, *(tensor.clone() for tensor in state)) if copied else code(*tensors, *state)
 
         if segment.call < 0:
             made = run(*taken)
