@@ -340,7 +340,7 @@ class Buckets:
         flying: list[tuple[_Bucket, Tensor, dist.Work]] = []
         for bucket in reversed(self.buckets):
             for entry in bucket.entries:
-                if entry.master.dtype != entry.live.dtype or id(entry) in self._storage and self.sleeps:  # else they share memory
+                if entry.master.dtype != entry.live.dtype or (id(entry) in self._storage and self.sleeps):  # else they share memory
                     entry.local(entry.live.detach()).copy_(entry.master.detach())
             if not any(id(entry) in self._storage for entry in bucket.entries):
                 continue
