@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from meshwright.partition.stages import Piece, cut, edges
 from meshwright.partition.trace import Guard, Stale, Trace
 from meshwright.plan import Plan
 from meshwright.plan.orders import stage_ranks
-from meshwright.plan.schedule import Schedule, build
+from meshwright.plan.schedule import Action, Schedule, build
 from meshwright.plan.stages import CPU, GPU, Rates, place
 
 _KEPT = 64
@@ -72,6 +72,8 @@ class Pipeline:
         self.mine = [stage for stage, owner in enumerate(self.owners) if owner == self.rank]
         self.ends: list[int] = []
         self.buffer_homes: dict[str, int] = {}
+        self.watch: Callable[[Action], AbstractContextManager[Any]] = lambda _: nullcontext()
+        self.schedule: Schedule | None = None  # of the latest run
         self._cuttings: OrderedDict[Any, list[_Cutting]] = OrderedDict()
         self._homes: dict[str, tuple[int, ...]] = {}
 
@@ -124,7 +126,9 @@ class Pipeline:
         outputs: dict[int, Any] = {}
         if jobs:
             with _torch.without_autocast():
-                outputs = Runner(self._schedule(found), self.rank, self.group, self.ranks.device, context).run(jobs, backward)
+                self.schedule = self._schedule(found)
+                runner = Runner(self.schedule, self.rank, self.group, self.ranks.device, context, self.watch)
+                outputs = runner.run(jobs, backward)
         return [outputs[number] for number in range(len(jobs))] if self.last else []
 
     def output(self, function: Function, batch: Any, context: Context) -> Any:
