@@ -3,7 +3,7 @@
     python benchmarks/families.py [--json PATH]
 
 Each family is built small from its configuration class, in float64, and run on two gloo ranks; errors are relative to the plain
-model in the same process. No line is written for any of them (`tests/families.py` builds them; the test suite holds the same errors).
+model in the same process. No line is written for any of them (`tests/families.py` builds them; the tests hold the same errors).
 """
 
 from __future__ import annotations

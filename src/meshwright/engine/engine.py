@@ -25,8 +25,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from meshwright import _torch
 from meshwright.engine import norm, state
-from meshwright.engine.batch import caller, plain, rows, split, to_device
-from meshwright.engine.flow import flow, loss_without_backward
+from meshwright.engine.batch import caller, plain, rows, scalar, split, to_device
+from meshwright.engine.flow import flow, loss_without_backward, output_without_backward
 from meshwright.engine.ledger import Ledger
 from meshwright.engine.metrics import Metrics
 from meshwright.engine.optimizer import BoundOptimizer, OptimizerFactory
@@ -143,7 +143,7 @@ class Engine:
         self.steps = 0
         self.loss_scale = LossScale.of(plan.precision)
         match_norm_inputs(self.module, plan.precision, self.ranks.device)
-        self._call = self._caller(self.module, self._applied.forward)
+        self.call_model = self._caller(self.module, self._applied.forward)
         Engine._opened += 1  # engines are made in the same order on every rank, so the count names this one on all of them
         self._ledger = Ledger(self.ranks.rank, self.ranks.world_size, f"engine-{Engine._opened}", timeout_s=1800.0)
         self._spare = example_batch
@@ -217,12 +217,15 @@ class Engine:
     def _flow(self, parts: list[Any], counts: list[int]) -> None:
         assert self._expected is not None
         expected = self._expected
-        if self._applied.buckets is not None:
-            with torch.no_grad():
-                self._applied.buckets.wake()
+        self._wake()
         found = self._run(lambda: flow(self, parts, counts, lambda count: self.loss_scale.value * count / expected))
         for loss, count in found:
             self._add(loss, count)
+
+    @torch.no_grad()
+    def _wake(self) -> None:
+        if self._applied.buckets is not None:
+            self._applied.buckets.wake()
 
     def _caller(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[[Any], Any]:
         forward_fn = self._settings.forward_fn
@@ -237,9 +240,10 @@ class Engine:
 
     def _output_of(self, batch: Any) -> Any:
         """Return the model's output, by this rank's program where the plan partitions the model."""
-        refuse_output(self.plan)
+        if self.pipeline is not None:
+            return self._run(lambda: output_without_backward(self, batch))
         partition = self._applied.partition
-        return self._run(lambda: self._call(batch) if partition is None else partition.run("output", self._call, batch))
+        return self._run(lambda: self.call_model(batch) if partition is None else partition.run("output", self.call_model, batch))
 
     def _loss_of(self, batch: Any) -> Tensor:
         """Return the loss of the model's output, computed in one go (with cut logits, say)."""
@@ -251,12 +255,12 @@ class Engine:
 
     def compute_loss(self, batch: Any) -> Tensor:
         """Return the loss of a batch by the model's own code, as it is traced."""
-        return self._loss(self._call(batch), batch)
+        return self._loss(self.call_model(batch), batch)
 
     def _loss(self, output: Any, batch: Any) -> Tensor:
         if self._settings.loss_fn is None:
             raise ConfigError("this engine was made without loss_fn=: pass loss_fn=, or use engine(batch), engine.backward(loss)")
-        return _scalar(self._settings.loss_fn(output, batch), "loss_fn returned")
+        return scalar(self._settings.loss_fn(output, batch), "loss_fn returned")
 
     def _run(self, function: Callable[[], Any]) -> Any:
         """Run the model (and its loss) in the plan's precision, and under zero=3 inside the FSDP2 root."""
@@ -273,6 +277,7 @@ class Engine:
         batch = plain(batch)
         if not torch.is_grad_enabled():
             return self._without_backward(self._output_of, batch)
+        refuse_output(self.plan)
         buckets = self._applied.buckets
         if (buckets is not None and buckets.reduced) or any(entry.summed is not None for entry in self.table):
             raise ConfigError("full_gradients() has summed this step's gradients over the ranks: call optimizer_step() before more")
@@ -313,7 +318,7 @@ class Engine:
         count, self._uncounted = self._uncounted, None
         self._begin(last=False, by_hand=True)
         if count:
-            self._add(_scalar(loss, "the loss is"), count)
+            self._add(scalar(loss, "the loss is"), count)
             self._differentiate(loss, count)
         elif self._applied.sharded:
             torch.autograd.backward(self._without_items, [torch.zeros_like(tensor) for tensor in self._without_items])
@@ -498,8 +503,7 @@ class Engine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         part = plain(batch)
         count = int(self._settings.count_fn(part)) if part is not None else 0
-        if self._applied.buckets is not None:
-            self._applied.buckets.wake()
+        self._wake()
         if count or self._applied.sharded:
             loss = self._evaluating(
                 lambda batch: self._loss_of(batch) if count else self._output_of(batch), part if count else self._stand_in(part)
@@ -517,6 +521,7 @@ class Engine:
     def infer(self, batch: Any) -> Any:
         """Return the model's output for a batch, in evaluation mode; every rank must call it, with its own or the same batch."""
         self._enter_call()
+        self._wake()
         return self._evaluating(self._output_of, plain(batch))
 
     def _evaluating(self, function: Callable[[Any], Any], batch: Any) -> Any:
@@ -592,12 +597,3 @@ class Engine:
 
         self._enter_call()
         return load(self, Path(path))
-
-
-def _scalar(loss: Any, what: str) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.dim():
-        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ConfigError(f"{what} {found}, not a scalar: return the mean over the batch's items")
-    if not loss.requires_grad and torch.is_grad_enabled():
-        raise ConfigError(f"{what} a scalar that does not depend on any trainable parameter: nothing would be trained")
-    return loss

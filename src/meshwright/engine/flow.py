@@ -38,6 +38,12 @@ def loss_without_backward(engine: Engine, batch: Any) -> Tensor:
     return found
 
 
+def output_without_backward(engine: Engine, batch: Any) -> Any:
+    """Return the model's output for a batch on every rank of the pipeline, all of which must give the same batch."""
+    assert engine.pipeline is not None
+    return engine.pipeline.output(engine.call_model, batch, _place(engine))
+
+
 def _place(engine: Engine) -> Callable[[int, int], AbstractContextManager[None]]:
     """Each stage of each micro-batch draws its own random numbers."""
     return lambda stage, m: seeded(engine.ranks.device, engine.seed, engine.steps, m, engine.data_rank, stage)

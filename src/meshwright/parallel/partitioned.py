@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from meshwright.blueprint.blocks import block_names
 from meshwright.errors import ConfigError, ModelError, PlanError
 from meshwright.parallel.parameters import Cut, Parameter, assign
 from meshwright.parallel.ranks import Ranks
-from meshwright.partition import cuts
+from meshwright.partition import arguments, cuts
 from meshwright.partition.partition import Pass, Policy
 from meshwright.partition.program import Program
 from meshwright.partition.sequence import follow_sequence
@@ -155,7 +156,9 @@ class Partition:
     def passed(self, found: Trace) -> Trace:
         """What this rank does of a trace: the result of the plan's passes."""
         passes = self._passes(found)
-        return passes[-1].result if passes else found
+        if passes:
+            return passes[-1].result
+        return replace(found, ops=[replace(op, func=arguments.runnable(op.func)) for op in found.ops])
 
     def key(self, batch: Any) -> tuple[Any, ...]:
         """What a program depends on beside the batch's values: its structure and shapes, and the modules' modes."""

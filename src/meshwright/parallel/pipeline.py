@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from meshwright import _torch
 from meshwright.blueprint.tape import Value
-from meshwright.partition.arguments import writes
+from meshwright.partition.arguments import is_random, writes
 from meshwright.partition.deferred import Queue, _Due, defer, settle
 from meshwright.partition.program import Program
 from meshwright.partition.stages import Piece
+from meshwright.partition.trace import is_opaque
 from meshwright.plan.schedule import Action, Schedule
 
 
@@ -32,6 +34,7 @@ class Stage:
     def __init__(self, piece: Piece, model: nn.Module, device: torch.device, bound: dict[str, Tensor]) -> None:
         self.piece, self.model, self.device, self.bound = piece, model, device, bound
         self.queue = Queue()
+        self.random = any(is_random(op.func) or is_opaque(op) for op in piece.trace.ops)
         # What a leaf of autograd holds can't be written to.
         self.writes = any(writes(op.func) for op in piece.trace.ops)
         self._plain: Program | None = None
@@ -71,13 +74,17 @@ class _Flight:
 
 @dataclass
 class Runner:
-    """Runs one step's lists on one rank. `context(stage, micro-batch)` is entered around every forward (random numbers)."""
+    """Runs one step's lists on one rank. `context(stage, micro-batch)` is entered around forwards that draw random numbers.
+
+    `watch(action)` is entered around the computing of every F, B, I and W, without the waiting (to measure or to profile).
+    """
 
     schedule: Schedule
     rank: int
     group: dist.ProcessGroup
     device: torch.device
     context: Callable[[int, int], AbstractContextManager[None]]
+    watch: Callable[[Action], AbstractContextManager[Any]] = lambda _: nullcontext()
 
     def __post_init__(self) -> None:
         self._flights: dict[tuple[int, int], _Flight] = {}
@@ -111,7 +118,7 @@ class Runner:
         stage, kind, microbatch, peer = action
         piece = job.stages[stage].piece
         if kind == "F":
-            self._forward(stage, microbatch, job, backward)
+            self._forward(action, job, backward)
         elif kind == "SEND_F":
             given = self._flights[stage, microbatch].given
             self._send([given[n].detach() for n in piece.targets.get(peer, ())], piece.targets.get(peer, ()), piece, peer)
@@ -123,15 +130,17 @@ class Runner:
             numbers = piece.sources.get(peer, []) if kind == "RECV_F" else _graded(piece, piece.targets.get(peer, []))
             self._arriving.setdefault((stage, kind[-1], microbatch), []).extend(self._receive(numbers, piece, peer))
         elif kind == "W":
-            settle(self._flights[stage, microbatch].due)
+            with self.watch(action):
+                settle(self._flights[stage, microbatch].due)
         else:
-            self._backward(stage, microbatch, job, kind)
+            self._backward(action, job)
         while self._leaving and self._leaving[0][0].is_completed():
             self._leaving.popleft()
 
     # Computing
 
-    def _forward(self, stage: int, microbatch: int, job: Job, backward: bool) -> None:
+    def _forward(self, action: Action, job: Job, backward: bool) -> None:
+        stage, _, microbatch, _ = action
         here = job.stages[stage]
         piece = here.piece
         flight = self._flights.setdefault((stage, microbatch), _Flight())
@@ -144,7 +153,8 @@ class Runner:
         if here.writes:
             taken = [tensor.clone() for tensor in taken]
         here.queue.current = flight.due
-        with self.context(stage, microbatch), torch.set_grad_enabled(backward):
+        place = self.context(stage, microbatch) if here.random else nullcontext()
+        with place, torch.set_grad_enabled(backward), self.watch(action):
             given, flight.output = here.program((stage, microbatch) in self._apart and backward)([*job.leaves, *taken])
         flight.given = dict(zip(piece.given, given, strict=True))
         for target, numbers in piece.targets.items():
@@ -152,7 +162,8 @@ class Runner:
                 later = self._flights.setdefault((target, microbatch), _Flight())
                 later.received.update({number: flight.given[number].detach() for number in numbers})
 
-    def _backward(self, stage: int, microbatch: int, job: Job, kind: str) -> None:
+    def _backward(self, action: Action, job: Job) -> None:
+        stage, kind, microbatch, _ = action
         piece = job.stages[stage].piece
         flight = self._flights[stage, microbatch]
         for number, gradient in self._arrived(stage, "B", microbatch):
@@ -162,10 +173,11 @@ class Runner:
         if isinstance(flight.output, Tensor):
             roots.append(flight.output)
             seeds.append(torch.full_like(flight.output, job.weight))
-        if roots:
-            torch.autograd.backward(roots, seeds)
-        if kind == "B":
-            settle(flight.due)
+        with self.watch(action):
+            if roots:
+                torch.autograd.backward(roots, seeds)
+            if kind == "B":
+                settle(flight.due)
         for source, numbers in piece.sources.items():
             found = {number: _gradient(flight.received[number]) for number in _graded(piece, numbers)}
             if self.schedule.stage_ranks[source] != self.rank:

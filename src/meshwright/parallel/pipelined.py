@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from meshwright.partition.stages import Piece, cut, edges
 from meshwright.partition.trace import Guard, Stale, Trace
 from meshwright.plan import Plan
 from meshwright.plan.orders import stage_ranks
-from meshwright.plan.schedule import Schedule, build
+from meshwright.plan.schedule import Action, Schedule, build
 from meshwright.plan.stages import CPU, GPU, Rates, place
 
 _KEPT = 64
@@ -73,6 +73,8 @@ class Pipeline:
         self.mine = [stage for stage, owner in enumerate(self.owners) if owner == self.rank]
         self.ends: list[int] = []
         self.buffer_homes: dict[str, int] = {}
+        self.watch: Callable[[Action], AbstractContextManager[Any]] = lambda _: nullcontext()
+        self.schedule: Schedule | None = None  # of the latest run
         self._cuttings: OrderedDict[Any, list[_Cutting]] = OrderedDict()
         self._homes: dict[str, tuple[int, ...]] = {}
 
@@ -125,8 +127,30 @@ class Pipeline:
         outputs: dict[int, Any] = {}
         if jobs:
             with _torch.without_autocast():
-                outputs = Runner(self._schedule(found), self.rank, self.group, self.ranks.device, context).run(jobs, backward)
+                self.schedule = self._schedule(found)
+                runner = Runner(self.schedule, self.rank, self.group, self.ranks.device, context, self.watch)
+                outputs = runner.run(jobs, backward)
         return [outputs[number] for number in range(len(jobs))] if self.last else []
+
+    def output(self, function: Function, batch: Any, context: Context) -> Any:
+        """Return `function(batch)` on every rank of this pipeline, without backward; all give the same batch.
+
+        The last stage's rank broadcasts each tensor of the result over `pp`.
+        """
+        results = self.run("output", function, [batch], [0.0], context, backward=False)
+        last = self._cutting("output", function, batch, _torch.tensors_of(batch)).pieces[-1].trace
+        made = iter(_torch.tensors_of(results))
+
+        def receive(leaf: Any) -> Any:
+            if not isinstance(leaf, Ref):
+                return leaf
+            value = last.values[leaf.number]
+            tensor = next(made).contiguous() if self.last else torch.empty(value.shape, dtype=value.dtype, device=self.ranks.device)
+            dist.broadcast(tensor, group=self.group, group_src=self.owners[-1])
+            return tensor
+
+        leaves, spec = _torch.tree_flatten(last.outputs[1])
+        return _torch.tree_unflatten([receive(leaf) for leaf in leaves], spec)
 
     def _schedule(self, found: Sequence[_Cutting]) -> Schedule:
         """The plan's schedule for as many micro-batches as there are, with the messages that any of them needs."""
@@ -192,11 +216,11 @@ def sum_shared(table: list[Parameter], ranks: Ranks) -> None:
 
 
 def refuse_output(plan: Plan) -> None:
-    """Raise `ConfigError` where somebody wants a model's output that only the last stage has."""
+    """Raise `ConfigError` where somebody wants to differentiate an output that only the last stage has."""
     if plan.pp > 1:
         raise ConfigError(
-            f"pp={plan.pp}: the model's output is on its last stage only, so a plan with pp runs by engine.step(batch), "
-            "engine.accumulate(batch) and engine.evaluate(batch)"
+            f"pp={plan.pp}: the model's output is made on its last stage only, so a pipeline trains by engine.step(batch), or by "
+            "engine.accumulate(batch) and engine.optimizer_step()"
         )
 
 
