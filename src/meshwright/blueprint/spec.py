@@ -67,7 +67,8 @@ class ModelSpec:
 
 
 def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of logits `[B, S, V]` against targets `[B, S]`, in the logits' dtype; for captures only."""
+    """Mean cross-entropy of logits `[B, S, V]` against targets `[B, S]`, in float32 for 16-bit logits; for captures only."""
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 

@@ -44,7 +44,7 @@ def _kept(unit: UnitProfile, split: Split, recompute: str) -> float:
     for kept in unit.kept:
         if kept.core and recompute == "selective":
             continue
-        share = degree(split.tp, kept.units) if kept.units else sequence
+        share = degree(split.tp, kept.units) if kept.units else 1 if kept.enters else sequence
         if kept.experts and kept.units:
             share = max(share, sequence)
         total += _at(kept.size, split) / share
@@ -86,11 +86,17 @@ class States:
     """Parameters gathered, and gradients whole, for a moment (zero=2 and zero=3)."""
 
 
+def shards(plan: Plan) -> int:
+    """Ranks that divide model states: `dp_shard`, and `cp` with it, whose ranks would hold the same states."""
+    asked = plan.dp_shard > 1 or (plan.zero < 3 and plan.dp_replicate == 1)
+    return plan.dp_shard * plan.cp if asked else 1
+
+
 def states(plan: Plan, elements: Elements, width: int) -> States:
     """Model states of `elements` parameters of `width` bytes in the model as given (`memory.py` has the table)."""
     low = plan.precision != "fp32"
-    shard = plan.dp_shard
-    experts_shard = max(1, shard * plan.dp_replicate // plan.ep) if shard > 1 and plan.ep > 1 else shard
+    shard = shards(plan)
+    experts_shard = max(1, shard * plan.dp_replicate * plan.tp // plan.ep) if shard > 1 and plan.ep > 1 else shard
     zero = plan.zero if shard > 1 else 0
     live = 2 if low and zero < 3 else width
     master = width if low and zero < 3 else 0

@@ -16,7 +16,7 @@ from meshwright.errors import ModelError, PlanError
 from meshwright.plan import pipeline
 from meshwright.plan.collectives import all_reduce, gather, group, send
 from meshwright.plan.constants import constants
-from meshwright.plan.footprint import Elements, outside_allocator, states, unit_bytes
+from meshwright.plan.footprint import Elements, outside_allocator, shards, states, unit_bytes
 from meshwright.plan.plan import Plan
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.profile import Profile, profile
@@ -164,11 +164,16 @@ class Pricer:
 
     def memory(self, plan: Plan, items: int) -> tuple[dict[str, float], int]:
         """Live bytes by purpose on the heaviest rank, and which rank that is."""
+        ranks = self.memory_by_rank(plan, items)
+        heaviest = max(range(len(ranks)), key=lambda rank: ranks[rank]["peak"])
+        return ranks[heaviest], heaviest
+
+    def memory_by_rank(self, plan: Plan, items: int) -> list[dict[str, float]]:
+        """Live bytes by purpose on each rank of the pipeline."""
         sizes = self.units(self.split(plan, items))[1]
         free = self.units(Split(items, plan.tp, plan.sp, plan.cp, plan.ep, plan.precision, "none"))[1]
         n = len(self.shape.kinds)
-        best: dict[str, float] = {}
-        heaviest = 0
+        found = []
         for rank, stage in enumerate(self.stages(plan.pp, plan.schedule, plan.virtual)):
             flight = pipeline.in_flight(plan.schedule, plan.virtual, plan.pp, plan.microbatches, rank)
             saved = sum(count * sizes[kind].kept for kind, count in enumerate(stage.kinds) if count)
@@ -185,10 +190,8 @@ class Pricer:
             activations = flight * saved + ends
             if "activations" in plan.offload:
                 activations = min(activations, 2 * saved / max(1, sum(stage.kinds)) + ends)
-            found = self._moments(plan, held, activations, working)
-            if found["peak"] > best.get("peak", -1.0):
-                best, heaviest = found, rank
-        return best, heaviest
+            found.append(self._moments(plan, held, activations, working))
+        return found
 
     def _within(self, plan: Plan, stage: Stage, sizes: Sequence[Any], free: Sequence[Any], flight: float) -> float:
         """Kept bytes per micro-batch when as many blocks as the budget allows are not recomputed."""
@@ -300,15 +303,16 @@ class Pricer:
     ) -> float:
         """Exposed seconds of gradients' and parameters' collectives over the data axes."""
         inner = plan.tp * plan.cp
-        shard, replicate = self.group(plan.dp_shard, inner), self.group(plan.dp_replicate, inner * plan.dp_shard)
+        shard, replicate = self.group(plan.dp_shard * plan.cp, plan.tp), self.group(plan.dp_replicate, inner * plan.dp_shard)
         table = constants()["collective"]
         slow = float(table["interference"])
         gradients = most.dense + most.experts / (1 if plan.ep == 1 else plan.ep) * 1.0
         if plan.dp_shard > 1 and plan.zero == 3:
             return self._fully_sharded(plan, stage, times, slow)
         width, live = float(self.width), 2.0 if plan.precision != "fp32" else float(self.width)
-        cp = self.group(plan.cp, plan.tp)
-        once = all_reduce(replicate, width * gradients / plan.dp_shard) + all_reduce(cp, width * most.dense)
+        if shards(plan) == 1:
+            shard, replicate = self.group(1, inner), self.group(plan.dp_replicate * plan.cp, plan.tp)
+        once = all_reduce(replicate, width * gradients / shard.n)
         scatter = gather(shard, width * gradients)
         each = plan.microbatches if plan.zero == 2 and plan.dp_shard > 1 else 1
         window = float(table["window"]) * backward
@@ -319,7 +323,7 @@ class Pricer:
     def _fully_sharded(self, plan: Plan, stage: Stage, times: Sequence[UnitTime], slow: float) -> float:
         """FSDP: each block's parameters come while the one before computes, its gradients leave while the next one does."""
         inner = plan.tp * plan.cp
-        shard, replicate = self.group(plan.dp_shard, inner), self.group(plan.dp_replicate, inner * plan.dp_shard)
+        shard, replicate = self.group(plan.dp_shard * plan.cp, plan.tp), self.group(plan.dp_replicate, inner * plan.dp_shard)
         live, width = 2.0 if plan.precision != "fp32" else float(self.width), float(self.width)
         total = first = 0.0
         for kind, count in enumerate(stage.kinds):
@@ -328,7 +332,7 @@ class Pricer:
             d, e = self.shape.kinds[kind].weights.local(plan.tp, plan.ep)
             size = d + e / max(1, plan.ep)
             come, leave = gather(shard, live * size), gather(shard, width * size)
-            leave += all_reduce(replicate, width * size / plan.dp_shard) / plan.microbatches
+            leave += all_reduce(replicate, width * size / shard.n) / plan.microbatches
             f, b = times[kind].total_forward, times[kind].total_backward
             total += count * (max(0.0, come - f) + slow * min(come, f))
             total += count * (max(0.0, come + leave - b) + slow * min(come + leave, b))
@@ -339,7 +343,7 @@ class Pricer:
 
     def _optimizer(self, plan: Plan, most: Elements) -> float:
         table = constants()["step"]
-        shard = plan.dp_shard
+        shard = shards(plan)
         held = most.total / shard if plan.ep == 1 else most.dense / shard + most.experts / max(1, shard // plan.ep)
         seconds = table["fixed_ms"] * 1e-3 if self.cluster.device.kernels != "cpu" else 0.0
         if "optimizer" not in plan.offload:
@@ -352,7 +356,7 @@ class Pricer:
             return 0.0
         table, device = constants()["step"], self.cluster.device
         link = device.host_bytes_per_s or 25e9
-        held = most.total / plan.dp_shard
+        held = most.total / shards(plan)
         seconds = 0.0
         for part in plan.offload.split(","):
             what, _, where = part.partition(":")

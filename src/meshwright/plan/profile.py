@@ -36,6 +36,7 @@ class Attend:
     causal: bool
     units: int
     backward: bool
+    head: int = 128
 
 
 @dataclass(slots=True)
@@ -57,6 +58,8 @@ class Kept:
     core: bool
     entry: bool
     experts: bool
+    enters: bool = False
+    """Read by a region's first products: under sequence parallelism gathered before, and kept gathered by eager stacks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +268,7 @@ def _add(phase: Phase, kernel: Kernel, graph: Graph, unit: Unit, experts: set[in
         phase.products.append((product, 1))
     elif op.kind == "attention":
         moved = (op.read_bytes.fixed + op.written_bytes.fixed, op.read_bytes.per_item + op.written_bytes.per_item)
-        phase.attentions.append(Attend(_pair(op.flops), moved, sequence, op.causal, units, op.forward_op >= 0))
+        phase.attentions.append(Attend(_pair(op.flops), moved, sequence, op.causal, units, op.forward_op >= 0, _head(unit, op, index)))
     else:
         if op.kind == "conv":
             phase.products.append((_conv(op), 1))
@@ -274,6 +277,13 @@ def _add(phase: Phase, kernel: Kernel, graph: Graph, unit: Unit, experts: set[in
         entry[0] += max(0, kernel.moved[0])
         entry[1] += max(0, kernel.moved[1])
         entry[2] += kernel.launches
+
+
+def _head(unit: Unit, op: Op, index: int) -> int:
+    """Features of one head, off the shape of what attention saves."""
+    forward = op.forward_op if op.forward_op >= 0 else index
+    shapes = [s.shape for s in unit.saved if forward in s.savers and len(s.shape) == 4]
+    return shapes[0][-1].fixed if shapes else 128
 
 
 def _conv(op: Op) -> Product:
@@ -360,7 +370,8 @@ def _kept(unit: Unit, graph: Graph, mode: str, core: set[int], experts: set[int]
         cut = graph.cut.get(root)
         units = unit.regions[saved.region].units if saved.region >= 0 else cut[0] if cut else 0
         in_core = saved.producer in core and all(s in core for s in saved.savers) and not _stays(unit, graph, saved, core)
-        kept.append(Kept(size, units, in_core, saved.role == "input", saved.producer in experts))
+        enters = units == 0 and any(s >= 0 and unit.forward[s].region >= 0 and unit.forward[s].matmul is not None for s in saved.savers)
+        kept.append(Kept(size, units, in_core, saved.role == "input", saved.producer in experts, enters and mode != "fused"))
     if mode != "eager":
         kept += _reread(unit, graph, sizes, here)
     return tuple(kept)

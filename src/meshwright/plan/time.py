@@ -71,6 +71,10 @@ class Rates:
     element: float
     """Bytes of an element as it will run, over its bytes as captured."""
     width: float
+    attention: float
+    """Of hand-fused stacks' attention over PyTorch's own."""
+    accumulate: float
+    """Bytes moved per parameter and micro-batch to add its gradient to the full-precision one."""
 
 
 def rates(cluster: Cluster, precision: str, mode: str, captured: str) -> Rates:
@@ -93,6 +97,8 @@ def rates(cluster: Cluster, precision: str, mode: str, captured: str) -> Rates:
         collective=launch["collective_us"] * 1e-6 if device.kernels != "cpu" else 0.0,
         element=width[dtype] / width.get(captured, 4.0),
         width=width[dtype],
+        attention=float(table["attention_fused"]) if mode == "fused" else 1.0,
+        accumulate=float(constants()["step"]["accumulate_fused_bytes" if mode == "fused" else "accumulate_bytes"]),
     )
 
 
@@ -101,6 +107,8 @@ def unit_time(unit: UnitProfile, split: Split, rate: Rates, tp: Group, cp: Group
     f, f_flops, f_launches = _phase(unit.forward, split, rate)
     b, b_flops, b_launches = _phase(unit.backward, split, rate)
     w, w_flops, w_launches = _phase(unit.weight, split, rate)
+    weights = unit.weights.local(split.tp, split.ep)
+    w += (weights[0] + weights[1]) * rate.accumulate / rate.memory
     tp_f, tp_b, calls = _exchanges(unit, split, rate, tp)
     cp_f, cp_b = _ring(unit, split, rate, cp, f)
     ep_f, ep_b = _dispatch(unit, split, rate, ep)
@@ -113,7 +121,7 @@ def unit_time(unit: UnitProfile, split: Split, rate: Rates, tp: Group, cp: Group
         again, extra, again_launches = _phase(unit.recomputed, split, rate)
         flops += extra
     host_f = f_launches * rate.launch + calls * rate.collective
-    host_b = (b_launches + w_launches + again_launches) * rate.launch + calls * rate.collective
+    host_b = (b_launches + w_launches + again_launches) * rate.launch + (1.5 if split.sp else 1.0) * calls * rate.collective
     f += max(0.0, host_f - f - tp_f - ep_f)
     waits = max(0.0, host_b - b - w - again - tp_b - again_tp - ep_b)
     return UnitTime(f, b + again + waits, w, tp_f, tp_b + again_tp, cp_f, cp_b, ep_f, ep_b + again_ep, flops)
@@ -178,6 +186,7 @@ def _attend(attend: Attend, split: Split, rate: Rates) -> tuple[float, float]:
     table = rate.table
     keys = max(1, attend.keys)
     efficiency = table["attention"] * keys / (keys + table["attention_s0"]) * (table["attention_back"] if attend.backward else 1.0)
+    efficiency *= attend.head / (attend.head + table["attention_head0"]) * rate.attention
     moved = (attend.moved[0] + attend.moved[1] * split.items) / share / split.cp * rate.element
     return max(flops / (rate.peak * efficiency), moved / rate.memory) + table["kernel_us"] * 1e-6, flops
 
