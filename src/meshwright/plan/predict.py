@@ -6,8 +6,8 @@ it thousands of times, `predict` once. What a unit takes is in `time.py` and `fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from meshwright.blueprint.record import Blueprint
@@ -16,7 +16,7 @@ from meshwright.errors import ModelError, PlanError
 from meshwright.plan import pipeline
 from meshwright.plan.collectives import all_reduce, gather, group, send
 from meshwright.plan.constants import constants
-from meshwright.plan.footprint import Elements, outside_allocator, shards, states, unit_bytes
+from meshwright.plan.footprint import Elements, States, outside_allocator, shards, states, unit_bytes
 from meshwright.plan.plan import Plan
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.profile import Profile, profile
@@ -45,6 +45,21 @@ class Stage:
     after: bool
 
 
+@dataclass(frozen=True)
+class Base:
+    """A schedule's part of a step: `span` seconds, itemised for the busiest rank in `cost`; that rank's stage, its `backward` and
+    `busy` seconds per micro-batch, and the most parameters that any rank holds.
+    """
+
+    span: float
+    cost: dict[str, float]
+    most: Elements
+    stage: Stage
+    split: Split
+    backward: float
+    busy: float
+
+
 class Pricer:
     """Costs of plans for one profile on one cluster at one precision; remembers every unit's cost."""
 
@@ -55,6 +70,7 @@ class Pricer:
         self._times: dict[Any, Any] = {}
         self._stages: dict[tuple[int, str, int], list[Stage]] = {}
         self._groups: dict[tuple[int, int], Any] = {}
+        self._heads: dict[tuple[int, str, int], list[int]] = {}
 
     @staticmethod
     def of(blueprint: Blueprint, cluster: Cluster, precision: str, compiled: bool = False) -> Pricer:
@@ -105,7 +121,8 @@ class Pricer:
                     for kind in calls[spans[index] : spans[index + 1]]:
                         counts[kind] += 1
                 found.append(Stage(tuple(counts), 0 in mine, total - 1 in mine))
-            self._stages[key] = found
+            same = {stage: stage for stage in found}  # one object for equal stages: they are looked up by identity
+            self._stages[key] = [same[stage] for stage in found]
         return self._stages[key]
 
     def items(self, plan: Plan, global_batch: int) -> int:
@@ -138,7 +155,7 @@ class Pricer:
         """The prediction of a resolved plan."""
         self.check(plan)
         items = self.items(plan, global_batch)
-        cost = self.cost(plan, items)
+        cost = self.cost(plan, self.base(plan, self.split(plan, items)))
         memory, heaviest = self.memory(plan, items)
         return self._report(plan, global_batch, items, cost, memory, heaviest)
 
@@ -164,21 +181,40 @@ class Pricer:
 
     def memory(self, plan: Plan, items: int) -> tuple[dict[str, float], int]:
         """Live bytes by purpose on the heaviest rank, and which rank that is."""
-        ranks = self.memory_by_rank(plan, items)
-        heaviest = max(range(len(ranks)), key=lambda rank: ranks[rank]["peak"])
-        return ranks[heaviest], heaviest
+        found = self.memory_by_rank(plan, items)
+        heaviest = max(range(len(found)), key=lambda rank: found[rank]["peak"])
+        return found[heaviest], heaviest
 
     def memory_by_rank(self, plan: Plan, items: int) -> list[dict[str, float]]:
         """Live bytes by purpose on each rank of the pipeline."""
-        sizes = self.units(self.split(plan, items))[1]
-        free = self.units(Split(items, plan.tp, plan.sp, plan.cp, plan.ep, plan.precision, "none"))[1]
+        stages = self.stages(plan.pp, plan.schedule, plan.virtual)
+        held = {stage: states(plan, self.elements(plan, stage), self.width) for stage in dict.fromkeys(stages)}
+        moments = self.activations(plan, self.split(plan, items), range(plan.pp))
+        return [self._moments(plan, held[stage], *moment) for stage, moment in zip(stages, moments, strict=True)]
+
+    def heads(self, pp: int, schedule: str, virtual: int) -> list[int]:
+        """Of ranks that hold the same, the first: it keeps most micro-batches, so the heaviest rank is one of these."""
+        key = (pp, schedule, virtual)
+        if key not in self._heads:
+            first: dict[Stage, int] = {}
+            for rank, stage in enumerate(self.stages(pp, schedule, virtual)):
+                first.setdefault(stage, rank)
+            self._heads[key] = sorted(first.values())
+        return self._heads[key]
+
+    def activations(self, plan: Plan, split: Split, ranks: Iterable[int]) -> list[tuple[float, float]]:
+        """Bytes kept for backward on each of `ranks` with all its micro-batches in flight, and alive beside them for a moment."""
+        sizes = self.units(split)[1]
         n = len(self.shape.kinds)
+        stages = self.stages(plan.pp, plan.schedule, plan.virtual)
         found = []
-        for rank, stage in enumerate(self.stages(plan.pp, plan.schedule, plan.virtual)):
+        for rank in ranks:
+            stage = stages[rank]
             flight = pipeline.in_flight(plan.schedule, plan.virtual, plan.pp, plan.microbatches, rank)
             saved = sum(count * sizes[kind].kept for kind, count in enumerate(stage.kinds) if count)
             working = max((max(sizes[kind].forward, sizes[kind].backward) for kind, c in enumerate(stage.kinds) if c), default=0.0)
             if plan.recompute.startswith("budget"):
+                free = self.units(replace(split, recompute="none"))[1]
                 saved = self._within(plan, stage, sizes, free, flight)
             ends = 0.0
             if stage.before:
@@ -186,16 +222,15 @@ class Pricer:
             if stage.after:
                 ends = sizes[n + 1].kept
                 working = max(working, max(sizes[n + 1].forward, sizes[n + 1].backward))
-            held = states(plan, self.elements(plan, stage), self.width)
-            activations = flight * saved + ends
+            kept = flight * saved + ends
             if "activations" in plan.offload:
-                activations = min(activations, 2 * saved / max(1, sum(stage.kinds)) + ends)
-            found.append(self._moments(plan, held, activations, working))
+                kept = min(kept, 2 * saved / max(1, sum(stage.kinds)) + ends)
+            found.append((kept, working))
         return found
 
     def _within(self, plan: Plan, stage: Stage, sizes: Sequence[Any], free: Sequence[Any], flight: float) -> float:
         """Kept bytes per micro-batch when as many blocks as the budget allows are not recomputed."""
-        kept = sum(c * sizes[kind].kept for kind, c in enumerate(stage.kinds))
+        kept = float(sum(c * sizes[kind].kept for kind, c in enumerate(stage.kinds)))
         for kind, count in enumerate(stage.kinds):
             for _ in range(count):
                 more = free[kind].kept - sizes[kind].kept
@@ -204,49 +239,61 @@ class Pricer:
                 kept += more
         return kept
 
-    def _moments(self, plan: Plan, held: Any, activations: float, working: float) -> dict[str, float]:
+    def whole_gradients(self, plan: Plan) -> bool:
+        """Whether every gradient is in memory while the first backward runs: with several micro-batches, or in flat buffers."""
+        return self.shape.mode != "eager" or plan.microbatches > 1 or plan.pp > 1
+
+    def _moments(self, plan: Plan, held: States, activations: float, working: float) -> dict[str, float]:
         """The worst of two moments: the first backward with every activation there, and after the backward with every gradient."""
-        whole = self.shape.mode != "eager" or plan.microbatches > 1 or plan.pp > 1
+        whole = self.whole_gradients(plan)
         first = activations + working + (held.gradients if whole else 0.0)
-        last = held.gradients + held.gathered
         parts = {"parameters": held.parameters, "gradients": held.gradients, "optimizer": held.optimizer}
-        if first + held.gathered >= last:
+        if first >= held.gradients:
             parts |= {"gradients": held.gradients if whole else 0.0, "activations": activations, "temporary": working + held.gathered}
         else:
             parts |= {"activations": 0.0, "temporary": held.gathered}
         return parts | {"peak": sum(parts.values())}
 
-    def cost(self, plan: Plan, items: int) -> dict[str, float]:
-        """Seconds by purpose; they sum to the step."""
-        times, sizes = self.units(self.split(plan, items))
+    def _ranks(self, plan: Plan, split: Split) -> tuple[list[float], list[float], list[float], float]:
+        """Seconds of one micro-batch on each rank of the pipeline (forward, backward, weights), and of one send."""
+        times = self.units(split)[0]
         n = len(self.shape.kinds)
         stages = self.stages(plan.pp, plan.schedule, plan.virtual)
-        kept_free = self._not_recomputed(plan, items, stages)
-        sent = self._sent(plan, items)
-        forward, backward, weight = [], [], []
+        spared = self._not_recomputed(plan, split.items, stages)
+        sent = self._sent(plan, split.items)
         seen: dict[Any, tuple[float, float, float]] = {}
-        for rank, stage in enumerate(stages):
-            key = (stage, kept_free[rank])
+        ranks = []
+        for stage, free in zip(stages, spared, strict=True):
+            key = (id(stage), free)
             if key not in seen:
-                seen[key] = self._stage_time(stage, times, n, plan, items, kept_free[rank])
-            f, b, w = seen[key]
-            forward.append(f + sent)
-            backward.append(b + sent)
-            weight.append(w)
+                seen[key] = self._stage_time(stage, times, n, plan, split.items, free)
+            ranks.append(seen[key])
+        return [f + sent for f, _, _ in ranks], [b + sent for _, b, _ in ranks], [w for _, _, w in ranks], sent
+
+    def base(self, plan: Plan, split: Split) -> Base:
+        """What the schedule takes: the same for every way to use the data axes and to offload."""
+        times = self.units(split)[0]
+        stages = self.stages(plan.pp, plan.schedule, plan.virtual)
+        forward, backward, weight, sent = self._ranks(plan, split)
         micro = plan.microbatches
         span = pipeline.step(plan.schedule, plan.virtual, micro, forward, backward, weight)
         whole = [f + b + w for f, b, w in zip(forward, backward, weight, strict=True)]
-        busiest = max(range(len(whole)), key=whole.__getitem__)
-        parts = self._parts(stages[busiest], times, n)
+        busiest = whole.index(max(whole))
+        parts = self._parts(stages[busiest], times, len(self.shape.kinds))
         cost = {name: micro * seconds for name, seconds in parts.items()}
         cost["pp_comm"] = micro * 2 * sent
         cost["compute"] = micro * (whole[busiest] - 2 * sent - sum(parts.values()))
         cost["bubble"] = span - micro * whole[busiest]
-        elements = [self.elements(plan, stage) for stage in dict.fromkeys(stages)]
-        most = max(elements, key=lambda e: e.total)
-        cost["dp_comm_exposed"] = self._data_axes(plan, most, stages[busiest], times, backward[busiest] + weight[busiest], forward[busiest])
-        cost["optimizer"] = self._optimizer(plan, most)
-        cost["offload"] = self._offload(plan, most, sizes, stages[busiest], micro, whole[busiest])
+        most = max((self.elements(plan, stage) for stage in dict.fromkeys(stages)), key=lambda e: e.total)
+        return Base(span, cost, most, stages[busiest], split, backward[busiest] + weight[busiest], whole[busiest])
+
+    def cost(self, plan: Plan, base: Base) -> dict[str, float]:
+        """Seconds by purpose; they sum to the step."""
+        times, sizes = self.units(base.split)
+        cost = dict(base.cost)
+        cost["dp_comm_exposed"] = self._data_axes(plan, base.most, base.stage, times, base.backward)
+        cost["optimizer"] = self._optimizer(plan, base.most)
+        cost["offload"] = self._offload(plan, base.most, sizes, base.stage, plan.microbatches, base.busy)
         return cost
 
     def _not_recomputed(self, plan: Plan, items: int, stages: Sequence[Stage]) -> list[int]:
@@ -298,9 +345,7 @@ class Pricer:
         stride = plan.tp * plan.cp * plan.dp_shard * plan.dp_replicate
         return pipeline.chunks(plan.schedule, plan.virtual) * send(self.cluster, stride, size)
 
-    def _data_axes(
-        self, plan: Plan, most: Elements, stage: Stage, times: Sequence[UnitTime], backward: float, forward: float
-    ) -> float:
+    def _data_axes(self, plan: Plan, most: Elements, stage: Stage, times: Sequence[UnitTime], backward: float) -> float:
         """Exposed seconds of gradients' and parameters' collectives over the data axes."""
         inner = plan.tp * plan.cp
         shard, replicate = self.group(plan.dp_shard * plan.cp, plan.tp), self.group(plan.dp_replicate, inner * plan.dp_shard)
@@ -411,6 +456,21 @@ class Pricer:
             return memory["peak"], memory["peak"]
         reserved = memory["peak"] + constants()["memory"]["slack"] * (memory["activations"] + memory["temporary"])
         return reserved, reserved + outside_allocator(plan, self.cluster.device.kernels)
+
+    def heaviest_device_bytes(self, plan: Plan, held: Sequence[States], moments: Sequence[tuple[float, float]]) -> float:
+        """Bytes on the device of the heaviest of some ranks, in all: what `fits` compares, without the itemised record."""
+        whole = self.whole_gradients(plan)
+        peak = moving = 0.0
+        for state, (kept, working) in zip(held, moments, strict=True):
+            gradients = state.gradients if whole else 0.0
+            if kept + working + gradients >= state.gradients:
+                changing = kept + working + state.gathered
+            else:
+                gradients, changing = state.gradients, state.gathered
+            live = state.parameters + state.optimizer + gradients + changing
+            if live > peak:
+                peak, moving = live, changing
+        return self.on_device(plan, {"peak": peak, "activations": moving, "temporary": 0.0})[1]
 
     def _hardware(self, plan: Plan, items: int) -> float:
         times = self.units(self.split(plan, items))[0]
