@@ -71,6 +71,7 @@ class Pricer:
         self._stages: dict[tuple[int, str, int], list[Stage]] = {}
         self._groups: dict[tuple[int, int], Any] = {}
         self._heads: dict[tuple[int, str, int], list[int]] = {}
+        self._elements: dict[tuple[int, int, int], Elements] = {}
 
     @staticmethod
     def of(blueprint: Blueprint, cluster: Cluster, precision: str, compiled: bool = False) -> Pricer:
@@ -166,6 +167,12 @@ class Pricer:
 
     def elements(self, plan: Plan, stage: Stage) -> Elements:
         """Parameters of a rank of the pipeline before the data axes divide them."""
+        key = (id(stage), plan.tp, plan.ep)  # stages live as long as the pricer
+        if key not in self._elements:
+            self._elements[key] = self._count_elements(plan, stage)
+        return self._elements[key]
+
+    def _count_elements(self, plan: Plan, stage: Stage) -> Elements:
         shape = self.shape
         dense = experts = largest = outside = 0.0
         for kind, count in enumerate(stage.kinds):

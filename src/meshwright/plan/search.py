@@ -172,6 +172,7 @@ class _Best:
         self.capacity = pricer.cluster.device.memory_bytes
         self._known_schedules: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._known_tails: dict[int, list[dict[str, Any]]] = {}
+        self._totals: dict[tuple[int, int], float] = {}
         self._held: dict[Any, list[list[States]]] = {}
         self._least: dict[Any, list[tuple[float, float]]] = {}
 
@@ -246,9 +247,11 @@ class _Best:
 
     def _least_memory(self, family: Family) -> float:
         """A lower bound of the bytes on the heaviest rank: everything sharded and offloaded, one micro-batch's inputs kept."""
-        shape = self.pricer.shape
-        total = sum(sum(kind.weights.local(family.tp, family.ep)) * shape.calls.count(i) for i, kind in enumerate(shape.kinds))
-        return total / family.pp / max(1, family.data * family.cp) * self.pricer.width
+        key = (family.tp, family.ep)
+        if key not in self._totals:
+            shape = self.pricer.shape
+            self._totals[key] = sum(sum(kind.weights.local(*key)) * shape.calls.count(i) for i, kind in enumerate(shape.kinds))
+        return self._totals[key] / family.pp / max(1, family.data * family.cp) * self.pricer.width
 
     def _visit(self, family: Family, order: int) -> None:
         """Price the members of a family, a schedule at a time: by its time, by the least memory, then member by member."""
