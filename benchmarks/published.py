@@ -1,4 +1,4 @@
-"""Published runs as (model spec, cluster text, plan text): how a row of shared/published becomes a prediction. No constants here."""
+"""Published runs as (model spec, cluster text, plan text): how a row of shared/published becomes a prediction; no constants."""
 
 from __future__ import annotations
 

@@ -31,8 +31,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def add_subject(parser: argparse.ArgumentParser) -> None:
     """The arguments that `plan` and `predict` share: the model, the cluster, the batch."""
     parser.add_argument("--model", required=True, metavar="M", help="preset, gpt:..., llama:..., config.json")
-    parser.add_argument("--cluster", required=True, metavar="C", help="here, [NODESx]GPUSxNAME[,intra=GB/s][,inter=GB/s], or a TOML file")
-    parser.add_argument("--global-batch", required=True, type=int, metavar="B", help="items (sequences) of one step, all ranks together")
+    parser.add_argument(
+        "--cluster", required=True, metavar="C", help="here, [NODESx]GPUSxNAME[,intra=GB/s][,inter=GB/s], or a TOML file"
+    )
+    parser.add_argument(
+        "--global-batch", required=True, type=int, metavar="B", help="items (sequences) of one step, all ranks together"
+    )
     parser.add_argument("--seq", type=int, metavar="S", help="sequence length (default: the model's)")
     parser.add_argument("--precision", choices=PRECISIONS, default=None, help="default bf16; fp32 on CPU")
 

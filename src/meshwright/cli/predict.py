@@ -35,7 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
     found = predict(blueprint, cluster, plan, arguments.global_batch)
     seconds = time.perf_counter() - began
     if arguments.json:
-        model = {"model": blueprint.model, "parameters": blueprint.n_parameters, "sequence": blueprint.sequence, "precision": precision}
+        model = {
+            "model": blueprint.model,
+            "parameters": blueprint.n_parameters,
+            "sequence": blueprint.sequence,
+            "precision": precision,
+        }
         document = {"model": model, "cluster": cluster.to_json() | {"devices": cluster.devices}, "searched": 1, "rejected": {}}
         print(json.dumps(document | {"seconds": seconds, "candidates": [found.candidate()]}))
     else:

@@ -106,7 +106,7 @@ class Cluster:
 
     @staticmethod
     def here(ranks: int | None = None) -> Cluster:
-        """This machine, as measured once by `meshwright doctor --probe` (else the catalog's values); one node of `ranks` devices."""
+        """This machine, as measured once by `meshwright doctor --probe` (else the catalog's values): one node of `ranks`."""
         from meshwright.cluster.here import this_machine  # torch is imported only for this
 
         return this_machine(ranks)
@@ -138,7 +138,8 @@ class Cluster:
 
     def __str__(self) -> str:
         links = f"intra {self.intra.bytes_per_s / 1e9:,.4g} GB/s, inter {self.inter.bytes_per_s / 1e9:,.4g} GB/s"
-        return f"{self.text or self.device.name}: {self.devices:,} x {self.device.name} ({self.device.memory_bytes / 1e9:,.0f} GB), {links}"
+        device = f"{self.device.name} ({self.device.memory_bytes / 1e9:,.0f} GB)"
+        return f"{self.text or self.device.name}: {self.devices:,} x {device}, {links}"
 
 
 LINK_EFFICIENCY = 0.85
@@ -162,7 +163,8 @@ def _build(entry: dict[str, Any], nodes: int, count: int, given: dict[str, float
         host_bytes_per_s=float(entry.get("host_gb_s", 25)) * 1e9,
     )
     domain = int(entry.get("domain", 0))
-    return Cluster(device, nodes, count, **links, domain=domain if domain > count and nodes > 1 else count, text=text)
+    wide = domain if domain > count and nodes > 1 else count
+    return Cluster(device, nodes, count, links["intra"], links["inter"], domain=wide, text=text)
 
 
 def _overrides(items: list[str], text: str) -> dict[str, float]:

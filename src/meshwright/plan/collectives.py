@@ -1,8 +1,8 @@
 """Seconds of a collective over a group of ranks: alpha-beta, with the topology of the cluster.
 
-Ranks are numbered with `tp` innermost, then `cp`, the data axes, and `pp` outermost. A group of n ranks has g members in each domain
-of the fast link; between domains each member uses its own share of the network cards, so a communicator with g members per domain
-gets g shares, and all communicators of a host together get the host's. Volumes: ring all-reduce 2 S (n-1)/n, all-gather and
+Ranks are numbered with `tp` innermost, then `cp`, the data axes, and `pp` outermost. A group of n ranks has g members in each
+domain of the fast link; between domains each member uses its own share of the network cards, so a communicator with g members per
+domain gets g shares, and all communicators of a host together get the host's. Volumes: ring all-reduce 2 S (n-1)/n, all-gather and
 reduce-scatter S (n-1)/n, all-to-all S (n-1)/n. Latency: rings step over every rank, an all-reduce between hosts climbs a tree.
 Source: NCCL's tuning model (tuning.cc) for the form; constants.toml for the numbers.
 """
@@ -49,7 +49,7 @@ def all_reduce(g: Group, size: float) -> float:
     if g.n == 1 or size <= 0:
         return 0.0
     far = 2 * math.log2(max(2, g.n // g.near)) * g.far_step_s if g.crosses else 0.0
-    return g.base_s + 2 * (g.near - 1) * g.step_s + far + 2 * size * (g.n - 1) / g.n / g.ring
+    return float(g.base_s + 2 * (g.near - 1) * g.step_s + far + 2 * size * (g.n - 1) / g.n / g.ring)
 
 
 def gather(g: Group, size: float) -> float:
@@ -76,4 +76,4 @@ def send(cluster: Cluster, stride: int, size: float) -> float:
     if size <= 0:
         return 0.0
     link = cluster.intra if stride < cluster.domain else cluster.inter
-    return constants()["collective"]["base_us"] * 1e-6 + link.latency_s + size / link.bytes_per_s
+    return float(constants()["collective"]["base_us"]) * 1e-6 + link.latency_s + size / link.bytes_per_s

@@ -22,8 +22,8 @@ def tried(changes: dict[str, float]) -> Iterator[None]:
     before = {name: dict(table) for name, table in constants().items()}
     try:
         for name, value in changes.items():
-            table, _, key = name.partition(".")
-            constants()[table][key] = value
+            family, _, key = name.partition(".")
+            constants()[family][key] = value
         yield
     finally:
         for name, table in before.items():

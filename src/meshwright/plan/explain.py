@@ -1,5 +1,5 @@
-"""What a search or a prediction says in a terminal: the best plans in a table, what limits each, why well-known alternatives lose, and
-what one change of the hardware would buy. Every sentence is a second prediction, not a rule.
+"""What a search or a prediction says in a terminal: the best plans in a table, what limits each, why well-known alternatives lose,
+and what one change of the hardware would buy. Every sentence is a second prediction, not a rule.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def table(found: Search) -> str:
     """The candidates, one a line, and why the other plans are not among them."""
     model, cluster = found.model, found.cluster
     lines = [
-        f"{model['model']}: {model['parameters'] / 1e9:,.3g} B parameters, {model['blocks']} blocks, sequence {model['sequence']:,}",
+        f"{model['model']}: {model['parameters'] / 1e9:,.4g} B parameters, {model['blocks']} blocks, sequence {model['sequence']}",
         f"on {cluster}",
         f"{found.objective} of {found.searched:,} plans for a global batch of {found.global_batch:,}, in {found.seconds:.2f} s",
         "",
@@ -36,8 +36,12 @@ def table(found: Search) -> str:
     lines += ["", "where the time of the best goes: " + shares(found.candidates[0])]
     if found.cluster.device.price:
         dollars = found.candidates[0].price_per_hour * found.candidates[0].step_seconds / 3600
-        lines.append(f"price: {dollars:,.4g} dollars a step at {found.cluster.device.price:.2f} a device-hour (price= overrides it)")
-    lines += ["not among them: " + "; ".join(f"{count:,} plans: {why}" for why, count in found.rejected.items())] * bool(found.rejected)
+        lines.append(
+            f"price: {dollars:,.4g} dollars a step at {found.cluster.device.price:.2f} a device-hour (price= overrides it)"
+        )
+    lines += ["not among them: " + "; ".join(f"{count:,} plans: {why}" for why, count in found.rejected.items())] * bool(
+        found.rejected
+    )
     return "\n".join([*lines, *found.notes])
 
 
@@ -115,7 +119,10 @@ def what_if(blueprint: Blueprint, found: Search, precision: str) -> list[str]:
     device = cluster.device
     more = dataclasses.replace(device, memory_bytes=int(device.memory_bytes * 1.25))
     changed = [
-        (f"{more.memory_bytes / 1e9:.0f} GB in place of {device.memory_bytes / 1e9:.0f}", dataclasses.replace(cluster, device=more)),
+        (
+            f"{more.memory_bytes / 1e9:.0f} GB in place of {device.memory_bytes / 1e9:.0f}",
+            dataclasses.replace(cluster, device=more),
+        ),
         ("twice the bandwidth inside a node", _faster(cluster, "intra")),
     ]
     if cluster.nodes > 1:

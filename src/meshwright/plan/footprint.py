@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meshwright.plan.constants import constants
+from meshwright.plan.graph import Size
 from meshwright.plan.plan import Plan
-from meshwright.plan.profile import Profile, Size, UnitProfile, degree
+from meshwright.plan.profile import Profile, UnitProfile, degree
 from meshwright.plan.time import Split
 
 
@@ -29,9 +30,7 @@ def unit_bytes(unit: UnitProfile, split: Split, element: float) -> UnitBytes:
     kept = _kept(unit, split, split.recompute) * element
     forward = _moment(unit.working_forward, split) * element
     backward = _moment(unit.working_backward, split) * element
-    if split.recompute == "full":
-        backward += every - kept
-    elif split.recompute == "selective":
+    if split.recompute == "full" or split.recompute == "selective":
         backward += every - kept
     return UnitBytes(kept, forward, backward)
 

@@ -36,7 +36,9 @@ def longest(
     began = time.perf_counter()
     spec = spec_of(blueprint)
     if spec is None or spec.config is None:
-        raise ConfigError(f"objective='longest' captures the model anew for each length, so it needs a model spec, not {blueprint.model}")
+        raise ConfigError(
+            f"objective='longest' captures the model anew for each length, so it needs a model spec, not {blueprint.model}"
+        )
     device = "cpu" if cluster.device.kernels == "cpu" else "cuda"
 
     def attempt(length: int) -> Search | None:
@@ -44,13 +46,17 @@ def longest(
         sized = dataclasses.replace(spec, config=config, build=_builder(config))
         captured = inspect(sized, seq=length, dtype=getattr(torch, COMPUTE[precision]), device=device)
         try:
-            return search(captured, cluster, global_batch, precision, top=top, compiled=compiled, fixed=fixed, accepts=accepts)
+            return search(
+                captured, cluster, global_batch, precision, top=top, compiled=compiled, fixed=fixed, accepts=accepts, advise=False
+            )
         except PlanError:
             return None
 
     length, best = STEP, attempt(STEP)
     if best is None:
-        raise PlanError(f"{blueprint.model} does not fit on {cluster.text or cluster.device.name} even with {STEP} tokens: use more devices")
+        raise PlanError(
+            f"{blueprint.model} does not fit on {cluster.text or cluster.device.name} even with {STEP} tokens: use more devices"
+        )
     while length < STEP * 2**14 and (found := attempt(2 * length)) is not None:
         length, best = 2 * length, found
     step = length // 2
@@ -58,7 +64,9 @@ def longest(
         if (found := attempt(length + step)) is not None:
             length, best = length + step, found
         step //= 2
-    return dataclasses.replace(best, objective="longest", seconds=time.perf_counter() - began, model=best.model | {"sequence": length})
+    return dataclasses.replace(
+        best, objective="longest", seconds=time.perf_counter() - began, model=best.model | {"sequence": length}
+    )
 
 
 def _builder(config: Any) -> Callable[[], Any]:

@@ -38,7 +38,9 @@ def check(schedule: str, stages: int, virtual: int, micro: int, layers: int) -> 
         raise PlanError(f"microbatches={micro} must be a multiple of pp={stages} for interleaved: the nearest is {near}")
 
 
-def step(schedule: str, virtual: int, micro: int, forward: Sequence[float], backward: Sequence[float], weight: Sequence[float]) -> float:
+def step(
+    schedule: str, virtual: int, micro: int, forward: Sequence[float], backward: Sequence[float], weight: Sequence[float]
+) -> float:
     """Seconds from the first forward to the last backward; lists by rank, `backward` without the weights' gradients.
 
     1F1B and GPipe fill and drain once over all stages (arXiv:1811.06965, 2006.09503); v virtual stages divide that by v

@@ -1,7 +1,8 @@
 """`predict`: what one plan costs, put together from units, stages, data ranks and the schedule.
 
-`Pricer` holds what does not change between plans (the profile, the cluster, the batch) and remembers what units cost; `search.py` asks
-it thousands of times, `predict` once. What a unit takes is in `time.py` and `footprint.py`, what a schedule does in `pipeline.py`.
+`Pricer` holds what does not change between plans (the profile, the cluster, the batch) and remembers what units cost; `search.py`
+asks it thousands of times, `predict` once. What a unit takes is in `time.py` and `footprint.py`, what a schedule does in
+`pipeline.py`.
 """
 
 from __future__ import annotations
@@ -256,7 +257,11 @@ class Pricer:
         first = activations + working + (held.gradients if whole else 0.0)
         parts = {"parameters": held.parameters, "gradients": held.gradients, "optimizer": held.optimizer}
         if first >= held.gradients:
-            parts |= {"gradients": held.gradients if whole else 0.0, "activations": activations, "temporary": working + held.gathered}
+            parts |= {
+                "gradients": held.gradients if whole else 0.0,
+                "activations": activations,
+                "temporary": working + held.gathered,
+            }
         else:
             parts |= {"activations": 0.0, "temporary": held.gathered}
         return parts | {"peak": sum(parts.values())}
@@ -349,7 +354,7 @@ class Pricer:
             return 0.0
         fixed, per_item = self.shape.boundaries[len(self.shape.boundaries) // 2]
         size = (fixed + per_item * items) * self.rate.element / plan.cp / (plan.tp if plan.sp else 1)
-        stride = plan.tp * plan.cp * plan.dp_shard * plan.dp_replicate
+        stride = max(1, self.cluster.devices // plan.pp)  # the pipeline is the outermost axis
         return pipeline.chunks(plan.schedule, plan.virtual) * send(self.cluster, stride, size)
 
     def _data_axes(self, plan: Plan, most: Elements, stage: Stage, times: Sequence[UnitTime], backward: float) -> float:
@@ -414,7 +419,9 @@ class Pricer:
             what, _, where = part.partition(":")
             disk = table["nvme_gb_s"] * 1e9 / self.cluster.per_node if where.startswith("nvme") else None
             if what == "optimizer":
-                seconds += 6.0 * held / link + held * table["cpu_adam_bytes"] * self.cluster.per_node / (table["host_memory_gb_s"] * 1e9)
+                seconds += 6.0 * held / link + held * table["cpu_adam_bytes"] * self.cluster.per_node / (
+                    table["host_memory_gb_s"] * 1e9
+                )
                 seconds += 24.0 * held / disk if disk else 0.0
             elif what == "params":
                 moved = 2 * micro * 2.0 * held / min(link, disk or link)

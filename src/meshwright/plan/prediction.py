@@ -57,12 +57,13 @@ class Prediction:
 
     def candidate(self) -> dict[str, Any]:
         """The entry of `plan --json` and `predict --json` (DESIGN section 4)."""
-        names = ("plan", "step_seconds", "tokens_per_second_per_device", "model_tflops_per_device", "hardware_tflops_per_device")
-        names += ("mfu", "bubble_fraction", "memory_bytes", "fits", "time_seconds")
+        first = ("plan", "step_seconds", "tokens_per_second_per_device", "model_tflops_per_device", "hardware_tflops_per_device")
+        names = (*first, "mfu", "bubble_fraction", "memory_bytes", "fits", "time_seconds")
         return {name: getattr(self, name) for name in names} | {"bound": self.bound, "device_bytes": self.device_bytes}
 
     def __str__(self) -> str:
         gb = self.memory_bytes["peak"] / 1e9
         fits = "fits" if self.fits else f"does not fit in {self.capacity_bytes / 1e9:.0f} GB"
         speed = f"{self.step_seconds:.4g} s a step, {self.tokens_per_second_per_device:,.0f} tokens/s a device, MFU {self.mfu:.1%}"
-        return f"{self.plan}: {speed}; {gb:.2f} GB live, {self.device_bytes / 1e9:.2f} GB on the device ({fits}); bound by {self.bound}"
+        memory = f"{gb:.2f} GB live, {self.device_bytes / 1e9:.2f} GB on the device ({fits})"
+        return f"{self.plan}: {speed}; {memory}; bound by {self.bound}"

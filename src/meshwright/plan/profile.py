@@ -165,7 +165,8 @@ def profile(blueprint: Blueprint, mode: str = "eager") -> Profile:
         both = before.weights.total + after.weights.total
         tied = both - blueprint.rest.n_parameters if shared else max(0, both - blueprint.rest.n_parameters)
     boundaries = tuple(
-        (sum(f.bytes.fixed for f in b.flows if f.bytes.per_item), sum(f.bytes.per_item for f in b.flows)) for b in blueprint.boundaries
+        (sum(f.bytes.fixed for f in b.flows if f.bytes.per_item), sum(f.bytes.per_item for f in b.flows))
+        for b in blueprint.boundaries
     )
     return Profile(
         kinds=kinds,
@@ -259,7 +260,7 @@ def _add(phase: Phase, kernel: Kernel, graph: Graph, unit: Unit, experts: set[in
             cut=_cut_dim(op, unit, index >= graph.n_forward) if units else -1,
             units=units,
             experts=routed,
-            weight=any(_pair(c)[1] == 0 for c in op.matmul[:1]) and op.matmul[0].fixed == 1 or routed,
+            weight=(any(_pair(c)[1] == 0 for c in op.matmul[:1]) and op.matmul[0].fixed == 1) or routed,
         )
         for place, (known, times) in enumerate(phase.products):
             if known == product:
@@ -268,7 +269,9 @@ def _add(phase: Phase, kernel: Kernel, graph: Graph, unit: Unit, experts: set[in
         phase.products.append((product, 1))
     elif op.kind == "attention":
         moved = (op.read_bytes.fixed + op.written_bytes.fixed, op.read_bytes.per_item + op.written_bytes.per_item)
-        phase.attentions.append(Attend(_pair(op.flops), moved, sequence, op.causal, units, op.forward_op >= 0, _head(unit, op, index)))
+        phase.attentions.append(
+            Attend(_pair(op.flops), moved, sequence, op.causal, units, op.forward_op >= 0, _head(unit, op, index))
+        )
     else:
         if op.kind == "conv":
             phase.products.append((_conv(op), 1))
@@ -334,7 +337,9 @@ def _core(unit: Unit) -> set[int]:
     """
     core: set[int] = set()
     places = [i for i, op in enumerate(unit.forward) if op.kind == "attention"]
-    batched = [i for i, op in enumerate(unit.forward) if op.matmul is not None and op.matmul[0].at(2) > 1 and op.read_bytes.fixed == 0]
+    batched = [
+        i for i, op in enumerate(unit.forward) if op.matmul is not None and op.matmul[0].at(2) > 1 and op.read_bytes.fixed == 0
+    ]
     core |= set(places)
     by_module: dict[str, list[int]] = {}
     for index in batched:
@@ -352,8 +357,8 @@ def _kept(unit: Unit, graph: Graph, mode: str, core: set[int], experts: set[int]
     for saved in unit.saved:
         if saved.role not in ("activation", "input") or saved.output or not _side(saved, here):
             continue
-        if saved.role == "input" and saved.bytes.per_item == 0:
-            continue
+        if saved.bytes.per_item == 0 and (saved.role == "input" or mode == "fused"):
+            continue  # a mask: what makes it is inside a fused kernel
         if saved.dtype == "int64" and saved.role == "input" and saved.producer >= 0:
             continue  # the batch itself
         root = saved_root(unit, graph, saved)
@@ -370,7 +375,9 @@ def _kept(unit: Unit, graph: Graph, mode: str, core: set[int], experts: set[int]
         cut = graph.cut.get(root)
         units = unit.regions[saved.region].units if saved.region >= 0 else cut[0] if cut else 0
         in_core = saved.producer in core and all(s in core for s in saved.savers) and not _stays(unit, graph, saved, core)
-        enters = units == 0 and any(s >= 0 and unit.forward[s].region >= 0 and unit.forward[s].matmul is not None for s in saved.savers)
+        enters = units == 0 and any(
+            s >= 0 and unit.forward[s].region >= 0 and unit.forward[s].matmul is not None for s in saved.savers
+        )
         kept.append(Kept(size, units, in_core, saved.role == "input", saved.producer in experts, enters and mode != "fused"))
     if mode != "eager":
         kept += _reread(unit, graph, sizes, here)
@@ -436,9 +443,8 @@ def _expert_ops(unit: Unit, graph: Graph) -> set[int]:
     found = set()
     for index, op in enumerate(graph.ops):
         inside = names and op.module.startswith(tuple(f"{prefix}{name}" for name in names))
-        if op.region in regions or inside or (op.name.startswith("aten._grouped_mm")):
-            found.add(index)
-        elif index >= graph.n_forward and op.forward_op in found:
+        differentiates = index >= graph.n_forward and op.forward_op in found
+        if op.region in regions or inside or op.name.startswith("aten._grouped_mm") or differentiates:
             found.add(index)
     return found
 
@@ -459,7 +465,11 @@ def _kv(unit: Unit, graph: Graph) -> Size:
             for value in op.inputs[1:3]:
                 value = graph.root.get(value, value)
                 for other in reversed(unit.forward):  # a copy that only repeats heads
-                    if value in [graph.root.get(v, v) for v in other.outputs] and other.kind in ("elementwise", "copy") and other.inputs:
+                    if (
+                        value in [graph.root.get(v, v) for v in other.outputs]
+                        and other.kind in ("elementwise", "copy")
+                        and other.inputs
+                    ):
                         source = graph.root.get(other.inputs[0], other.inputs[0])
                         if len(other.inputs) == 1 and graph.size.get(source, (0, 0))[1] < graph.size.get(value, (0, 0))[1]:
                             value = source
@@ -506,7 +516,7 @@ def _belongs(unit: Unit, p: ParameterRecord, here, after: bool | None) -> bool: 
 
 
 def _working(graph: Graph, here):  # type: ignore[no-untyped-def]
-    """Values alive at the worst moment of each pass beyond what is saved, as (size, units) pairs: the kernels' results in flight."""
+    """Values alive at the worst moment of each pass as (size, units) pairs: the kernels' results in flight."""
     last: dict[int, int] = {}
     for place, kernel in enumerate(graph.kernels):
         for index in kernel.ops:

@@ -25,6 +25,8 @@ from meshwright.plan.space import Family, Space, divisors
 from meshwright.plan.time import Split
 
 OBJECTIVES = ("fastest", "cheapest", "smallest", "longest")
+PATIENCE_S = 2.0
+"""Seconds spent at most to find a cluster that would do, when the one at hand does not."""
 MEMORY = "does not fit in memory"
 SLOWER = "slower than the plans kept, by a bound"
 
@@ -79,12 +81,14 @@ def search(
     compiled: bool = False,
     fixed: dict[str, Any] | None = None,
     accepts: Callable[[Plan], bool] | None = None,
+    advise: bool = True,
 ) -> Search:
     """The `top` best plans for a model on a cluster with `global_batch` items a step.
 
     `objective`: `fastest` step on all devices; `cheapest` step (dollars, any number of whole nodes up to the cluster's); `smallest`
     number of devices that fit; `longest` sequence that fits (models made from a spec). `fixed` holds fields of the plan at a value,
-    `accepts` leaves out what an executor refuses. Raises `PlanError` if nothing fits, with what would; `ConfigError` for a wrong
+    `accepts` leaves out what an executor refuses; `advise=False` spares
+    the search for a cluster that would do. Raises `PlanError` if nothing fits, with what would; `ConfigError` for a wrong
     objective, batch or field.
     """
     began = time.perf_counter()
@@ -105,8 +109,9 @@ def search(
         if objective == "smallest" and best.kept:
             break
     chosen = _chosen(found, objective)
+    if (chosen is None or not chosen[1].kept) and not advise:
+        raise PlanError("nothing fits")
     if chosen is None or not chosen[1].kept:
-        pricer = Pricer.of(blueprint, cluster, precision, compiled)
         raise PlanError(_nothing(blueprint, cluster, global_batch, precision, compiled, fixed, accepts, found))
     each, best = chosen
     return Search(
@@ -145,7 +150,10 @@ def _chosen(found: Sequence[tuple[Cluster, Any]], objective: str) -> tuple[Clust
     if not found:
         return None
     if objective == "cheapest":
-        return min(found, key=lambda pair: -pair[1].kept[0][0] * max(pair[0].device.price, 1e-9) * pair[0].devices if pair[1].kept else 9e99)
+        return min(
+            found,
+            key=lambda pair: -pair[1].kept[0][0] * max(pair[0].device.price, 1e-9) * pair[0].devices if pair[1].kept else 9e99,
+        )
     return found[0]
 
 
@@ -285,7 +293,9 @@ class _Best:
             least = []
             for each in self._elements(family, some):
                 held = [states(plan, each, self.pricer.width) for plan in plans]
-                least.append((min(h.parameters + h.optimizer + h.gradients for h in held), min(h.parameters + h.optimizer for h in held)))
+                least.append(
+                    (min(h.parameters + h.optimizer + h.gradients for h in held), min(h.parameters + h.optimizer for h in held))
+                )
             self._least[key] = least
         return self._least[key]
 
@@ -364,16 +374,22 @@ def _nothing(
             return f"no plan has {held} with {cluster.devices} devices and global_batch={global_batch}: leave one of them out"
         near = max(cluster.devices, round(global_batch / cluster.devices) * cluster.devices)
         return f"no data axis of {cluster.devices} devices divides global_batch={global_batch}: the nearest that works is {near}"
-    for factor in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
+    here = f"{blueprint.model} does not fit on {cluster.devices} x {cluster.device.name}"
+    began = time.perf_counter()
+    for factor in (2, 4, 8, 16, 32, 64, 128, 256):
+        if time.perf_counter() - began > PATIENCE_S:
+            break
         larger = cluster.resized(cluster.nodes * factor) if cluster.nodes > 1 else _grown(cluster, factor)
         batch = max(1, round(global_batch / larger.devices)) * larger.devices
         try:
-            again = search(blueprint, larger, batch, precision, top=1, compiled=compiled, fixed=fixed, accepts=accepts)
+            again = search(
+                blueprint, larger, batch, precision, top=1, compiled=compiled, fixed=fixed, accepts=accepts, advise=False
+            )
         except PlanError:
             continue
         beside = f" (with global_batch={batch})" if batch != global_batch else ""
-        return f"{blueprint.model} does not fit on {cluster.devices} x {cluster.device.name}: {larger.text or larger.devices} would do{beside}, as {again.best}"
-    return f"{blueprint.model} does not fit on {cluster.devices} x {cluster.device.name}, nor on 1,024 times as many"
+        return f"{here}: {larger.text or larger.devices} would do{beside}, as {again.best}"
+    return f"{here}, nor on any number of them that was tried: use devices with more memory"
 
 
 def _grown(cluster: Cluster, factor: int) -> Cluster:

@@ -91,7 +91,7 @@ def rates(cluster: Cluster, precision: str, mode: str, captured: str) -> Rates:
     return Rates(
         peak=device.peak_flops(dtype) * device.power,
         peak_low=low * device.power,
-        memory=device.memory_bytes_per_s * float(table["stream"]),
+        memory=device.memory_bytes_per_s * float(table["stream"]) * (float(launch["eager_stream"]) if mode == "eager" else 1.0),
         table=table,
         launch=measured.get("launch_s", launch[f"{mode}_us"] * 1e-6 if device.kernels != "cpu" else 0.0),
         collective=launch["collective_us"] * 1e-6 if device.kernels != "cpu" else 0.0,
@@ -149,19 +149,19 @@ def _phase(phase: Phase, split: Split, rate: Rates) -> tuple[float, float, int]:
 
 
 def _product(product: Product, split: Split, rate: Rates) -> tuple[float, float]:
-    size = [fixed + per_item * split.items for fixed, per_item in product.dims]
+    size: list[float] = [fixed + per_item * split.items for fixed, per_item in product.dims]
     if split.cp > 1:
         for place, (_, per_item) in enumerate(product.dims):
             if per_item:
-                size[place] /= split.cp  # type: ignore[assignment]
+                size[place] /= split.cp
                 break
     if product.cut >= 0:
-        size[product.cut] /= degree(split.tp, product.units)  # type: ignore[assignment]
+        size[product.cut] /= degree(split.tp, product.units)
     elif product.experts and split.sp and split.tp > 1:  # sequence-parallel ranks route their own tokens
-        size[3 if product.dims[3][1] else 1] /= split.tp  # type: ignore[assignment]
+        size[3 if product.dims[3][1] else 1] /= split.tp
     if product.experts and split.ep > 1 and size[0] > 1:  # fewer experts here, with the tokens of more ranks each
         share = min(split.ep, size[0])
-        size[0] /= share  # type: ignore[assignment]
+        size[0] /= share
         size[3 if product.dims[3][1] else 1] *= share
     batch, m, n, k = size
     flops = 2.0 * batch * m * n * k
@@ -219,7 +219,10 @@ def _ring(unit: UnitProfile, split: Split, rate: Rates, cp: Group, compute: floa
     sent = gather(cp, size)
     attention = sum(_attend(a, split, rate)[0] for a in unit.forward.attentions)
     slow = constants()["collective"]["interference"]
-    hidden_f, hidden_b = min(sent, attention * (split.cp - 1) / split.cp), min(2 * sent, 2.5 * attention * (split.cp - 1) / split.cp)
+    hidden_f, hidden_b = (
+        min(sent, attention * (split.cp - 1) / split.cp),
+        min(2 * sent, 2.5 * attention * (split.cp - 1) / split.cp),
+    )
     return sent - (1 - slow) * hidden_f, 2 * sent - (1 - slow) * hidden_b
 
 
