@@ -92,7 +92,8 @@ def test_states_are_divided_as_zero_promises(stage: int) -> None:
 
 
 def test_more_of_an_axis_costs_less_memory_and_recompute_costs_time() -> None:
-    peaks = [priced(f"dp_shard={8 // tp} zero=1 tp={tp} precision=bf16").memory_bytes["peak"] for tp in (1, 2, 4)]
+    plans = [f"dp_shard={8 // tp} zero=1 tp={tp} microbatches={2 * tp} precision=bf16" for tp in (1, 2, 4)]
+    peaks = [priced(plan).memory_bytes["peak"] for plan in plans]  # micro-batches of 4
     assert peaks == sorted(peaks, reverse=True)
     plain, full = (priced(f"dp_shard=8 zero=3 precision=bf16 recompute={r}", batch=512) for r in ("none", "full"))
     assert full.memory_bytes["activations"] < plain.memory_bytes["activations"]

@@ -16,6 +16,7 @@ from meshwright.plan.space import Space
 
 SPECS = {
     "dense": "llama:layers=4,hidden=512,heads=8,kv_heads=4,ffn=1536,vocab=4096,sequence=512",
+    "wide": "llama:layers=4,hidden=1024,heads=8,ffn=4096,vocab=1024,sequence=128",
     "experts": "llama:layers=4,hidden=256,heads=4,vocab=1024,sequence=256,experts=4,moe_ffn=512,stacked=on",
 }
 
@@ -39,7 +40,7 @@ def brute_force(kind: str, cluster: mw.Cluster, batch: int) -> tuple[int, list[f
     return count, sorted(seconds)
 
 
-@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("kind", ["dense", "experts"])
 @pytest.mark.parametrize(
     ("cluster", "batch"),
     [("4xH100-80GB", 8), ("2x2xA100-40GB,inter=2,memory=2.05", 12), ("2x4xV100-16GB,intra=5,memory=2.03", 8)],
@@ -88,26 +89,27 @@ def test_objectives() -> None:
     fastest = mw.search(blueprint("dense"), where, 16)
     cost = [c.candidates[0].step_seconds * c.cluster.devices for c in (cheapest, fastest)]
     assert cost[0] <= cost[1]
-    longest = mw.search(blueprint("dense"), mw.Cluster.parse("1xA100-40GB,memory=6"), 1, objective="longest")
+    longest = mw.search(blueprint("dense"), mw.Cluster.parse("1xA100-40GB,memory=3"), 1, objective="longest")
     assert longest.model["sequence"] >= 1024
     spec = SPECS["dense"].replace("sequence=512", f"sequence={2 * longest.model['sequence']}")
     twice = mw.inspect(spec, dtype=torch.bfloat16, device="cuda")
     with pytest.raises(mw.PlanError):
-        mw.search(twice, mw.Cluster.parse("1xA100-40GB,memory=6"), 1)
+        mw.search(twice, mw.Cluster.parse("1xA100-40GB,memory=3"), 1)
 
 
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"cluster": "8xH100-80GB,memory=1.3", "batch": 8}, "would do"),
+        ({"cluster": "1xA100-40GB,memory=2", "batch": 8}, "would do"),
         ({"cluster": "7xH100-80GB", "batch": 5, "fixed": {"tp": 1, "pp": 1, "cp": 1}}, "leave one of them out"),
         ({"cluster": "7xH100-80GB", "batch": 5}, "the nearest that works is 7"),
         ({"cluster": "8xH100-80GB", "batch": 8, "fixed": {"tp": 3}}, "tp=3"),
     ],
 )
 def test_nothing_found_says_what_would_do(options: dict, part: str) -> None:
+    kind = "wide" if part == "would do" else "dense"
     with pytest.raises(mw.PlanError) as caught:
-        mw.search(blueprint("dense"), mw.Cluster.parse(options["cluster"]), options["batch"], fixed=options.get("fixed"))
+        mw.search(blueprint(kind), mw.Cluster.parse(options["cluster"]), options["batch"], fixed=options.get("fixed"))
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 

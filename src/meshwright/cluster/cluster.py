@@ -132,7 +132,7 @@ class Cluster:
             for name in ("peak", "rates"):
                 device[name] = tuple((str(key), float(value)) for key, value in device.get(name, ()))
             links = {name: Link(**loaded.pop(name)) for name in ("intra", "inter")}
-            return Cluster(device=Device(**device), **links, **loaded)
+            return Cluster(device=Device(**device), intra=links["intra"], inter=links["inter"], **loaded)
         except (TypeError, KeyError, ValueError) as error:
             raise ConfigError(f"this is not a saved cluster: {error}") from error
 
