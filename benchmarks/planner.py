@@ -26,7 +26,20 @@ from meshwright.plan.constants import constants, tried
 
 ORIENTATION = {"megatron-golden"}
 """Sources whose times are for orientation (deterministic mode, toy models): shown, left out of the mean (sources.csv: trust C)."""
-FITTED = ["ampere.rate", "hopper.rate", "blackwell.rate", "ampere.attention", "hopper.attention", "hopper.attention_fused", "hopper.float8", "blackwell.float8", "launch.eager_us", "launch.fused_us", "launch.collective_us", "launch.eager_stream"]
+FITTED = [
+    "ampere.rate",
+    "hopper.rate",
+    "blackwell.rate",
+    "ampere.attention",
+    "hopper.attention",
+    "hopper.attention_fused",
+    "hopper.float8",
+    "blackwell.float8",
+    "launch.eager_us",
+    "launch.fused_us",
+    "launch.collective_us",
+    "launch.eager_stream",
+]
 """What cross-validation fits again, from the values in the data file, within 0.6 to 1.6 of them."""
 
 

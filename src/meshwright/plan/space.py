@@ -66,10 +66,13 @@ class Space:
         if self.global_batch % data:
             return
         each = self.global_batch // data
+        # Fused attention keeps nothing of its core, so repeating it would only cost time.
+        core = dict(self.fixed).get("recompute") or any(kept.core for kind in self.shape.kinds for kept in kind.kept)
+        recomputes = self._values("recompute", [r for r in RECOMPUTE if core or r != "selective"])
         counts = [m for m in divisors(each) if each // m <= LARGEST_MICRO_BATCH]
         for ep in self._values("ep", self._experts(tp, cp, data)):
             for micro in self._values("microbatches", counts):
-                for recompute in self._values("recompute", list(RECOMPUTE)):
+                for recompute in recomputes:
                     yield Family(tp, sp, cp, ep, pp, micro, each // micro, data, recompute)
 
     def members(self, family: Family) -> list[dict[str, Any]]:
