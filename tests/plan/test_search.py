@@ -16,7 +16,7 @@ from meshwright.plan.space import Space
 
 SPECS = {
     "dense": "llama:layers=4,hidden=512,heads=8,kv_heads=4,ffn=1536,vocab=4096,sequence=512",
-    "wide": "llama:layers=4,hidden=1024,heads=8,ffn=4096,vocab=1024,sequence=128",
+    "wide": "llama:layers=8,hidden=1024,heads=8,ffn=8192,vocab=1024,sequence=128",
     "experts": "llama:layers=4,hidden=256,heads=4,vocab=1024,sequence=256,experts=4,moe_ffn=512,stacked=on",
 }
 
@@ -89,18 +89,18 @@ def test_objectives() -> None:
     fastest = mw.search(blueprint("dense"), where, 16)
     cost = [c.candidates[0].step_seconds * c.cluster.devices for c in (cheapest, fastest)]
     assert cost[0] <= cost[1]
-    longest = mw.search(blueprint("dense"), mw.Cluster.parse("1xA100-40GB,memory=3"), 1, objective="longest")
+    longest = mw.search(blueprint("dense"), mw.Cluster.parse("1xA100-40GB,memory=1.6"), 1, objective="longest")
     assert longest.model["sequence"] >= 1024
     spec = SPECS["dense"].replace("sequence=512", f"sequence={2 * longest.model['sequence']}")
     twice = mw.inspect(spec, dtype=torch.bfloat16, device="cuda")
     with pytest.raises(mw.PlanError):
-        mw.search(twice, mw.Cluster.parse("1xA100-40GB,memory=3"), 1)
+        mw.search(twice, mw.Cluster.parse("1xA100-40GB,memory=1.6"), 1)
 
 
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"cluster": "1xA100-40GB,memory=2", "batch": 8}, "would do"),
+        ({"cluster": "1xA100-40GB,memory=2.4", "batch": 8}, "would do"),
         ({"cluster": "7xH100-80GB", "batch": 5, "fixed": {"tp": 1, "pp": 1, "cp": 1}}, "leave one of them out"),
         ({"cluster": "7xH100-80GB", "batch": 5}, "the nearest that works is 7"),
         ({"cluster": "8xH100-80GB", "batch": 8, "fixed": {"tp": 3}}, "tp=3"),

@@ -42,6 +42,7 @@ def longest(
     device = "cpu" if cluster.device.kernels == "cpu" else "cuda"
 
     def attempt(length: int) -> Search | None:
+        """The best plans for `length` tokens; None if none fits."""
         config = dataclasses.replace(spec.config, sequence=length)  # type: ignore[type-var]
         sized = dataclasses.replace(spec, config=config, build=_builder(config))
         captured = inspect(sized, seq=length, dtype=getattr(torch, COMPUTE[precision]), device=device)
