@@ -20,21 +20,31 @@ if TYPE_CHECKING:
     from meshwright import losses
     from meshwright.blueprint.inspection import inspect
     from meshwright.blueprint.record import Blueprint
+    from meshwright.cluster import Cluster
     from meshwright.engine import Engine, Metrics, parallelize
     from meshwright.plan import Plan
+    from meshwright.plan.predict import predict
+    from meshwright.plan.prediction import Prediction
+    from meshwright.plan.search import Search, search
 
 _HOMES = {
     "Blueprint": "meshwright.blueprint.record",
+    "Cluster": "meshwright.cluster",
     "Engine": "meshwright.engine",
     "Metrics": "meshwright.engine",
     "Plan": "meshwright.plan",
+    "Prediction": "meshwright.plan.prediction",
+    "Search": "meshwright.plan.search",
     "inspect": "meshwright.blueprint.inspection",
     "parallelize": "meshwright.engine",
+    "predict": "meshwright.plan.predict",
+    "search": "meshwright.plan.search",
 }
 
 __all__ = [
     "Blueprint",
     "CheckpointError",
+    "Cluster",
     "ConfigError",
     "DataError",
     "Engine",
@@ -43,10 +53,14 @@ __all__ = [
     "ModelError",
     "Plan",
     "PlanError",
+    "Prediction",
+    "Search",
     "TrainingError",
     "inspect",
     "losses",
     "parallelize",
+    "predict",
+    "search",
 ]
 
 

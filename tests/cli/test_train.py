@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _environment() -> dict[str, str]:
     here = str(Path(__file__).parent)
-    return os.environ | {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    cache = str(Path(tempfile.gettempdir()) / f"meshwright-tests-{os.getpid()}")  # predictions' errors are not the user's
+    path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MESHWRIGHT_CACHE": cache}
 
 
 def _arguments(text: Path, *more: str) -> list[str]:
@@ -61,7 +64,7 @@ def single(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_writes_what_it_promises_and_has_the_single_device_curve(text: Path, single: Path, tmp_path: Path) -> None:
     folder = tmp_path / "fsdp"
-    done = _train(text, "--ranks", "2", "--steps", "5", "--out", str(folder), "--json")
+    done = _train(text, "--plan", "fsdp", "--ranks", "2", "--steps", "5", "--out", str(folder), "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     for words in (
@@ -322,3 +325,13 @@ def test_importing_loads_and_starts_nothing_beyond_torch() -> None:
     assert threads == "1"
     assert all(name.startswith("meshwright") for name in eval(modules))
     assert all(getattr(mw, name) is not None for name in mw.__all__)
+
+
+def test_auto_is_resolved_before_the_run_and_the_run_says_how_right_the_prediction_was(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "auto"
+    done = _train(text, "--plan", "auto", "--ranks", "2", "--steps", "5", "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    prediction = json.loads((folder / "prediction.json").read_text())
+    assert prediction["prediction"]["plan"] == prediction["plan"]
+    assert f'text = "{prediction["plan"]}"' in (folder / "plan.toml").read_text()
+    assert f"predicted {prediction['prediction']['step_seconds']:.4g} s a step, measured" in done.stdout

@@ -1,9 +1,9 @@
 """Kernels of the device that is planned for, where CUDA runs one kernel and CPU another or several.
 
 A capture runs on fake CPU tensors, so that it works without a GPU; ATen then chooses CPU kernels. With this mode
-entered, attention becomes the kernel that CUDA would choose (flash for 16-bit without a mask, else memory-efficient)
-and RMSNorm the fused one, which saves its input and one number per row. Nothing runs: the calls are written to the tape
-with results of the right shape.
+entered, attention becomes the kernel that CUDA would choose (flash for 16-bit without a mask, else memory-efficient),
+RMSNorm the fused one, which saves its input and one number per row, and dropout the one that saves a byte per element.
+Nothing runs: the calls are written to the tape with results of the right shape.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ class CudaKernels(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace attention and RMSNorm."""
+        """Replace attention, RMSNorm and dropout."""
         kwargs = kwargs or {}
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         if func is F.rms_norm or func is torch.rms_norm:  # the first hands on to the second
@@ -65,6 +67,11 @@ def _attention(
     wants_gradient = any(tensor.requires_grad for tensor in (query, key, value))
     attend = aten._scaled_dot_product_efficient_attention
     out = attend(query, key, value, bias, wants_gradient, dropout_p, is_causal, scale=scale)[0]
+    return out
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    out: torch.Tensor = aten.native_dropout(input, p, True)[0] if training and p > 0 else input
     return out
 
 

@@ -67,7 +67,8 @@ class ModelSpec:
 
 
 def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of logits `[B, S, V]` against targets `[B, S]`, in the logits' dtype; for captures only."""
+    """Mean cross-entropy of logits `[B, S, V]` against targets `[B, S]`, in float32 for 16-bit logits; for captures only."""
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
@@ -114,6 +115,11 @@ def _check(config: decoder.DecoderConfig, text: str) -> None:
     low = [name for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "sequence") if getattr(config, name) < 1]
     if low:
         raise ConfigError(f"model {text!r}: {low[0]}={getattr(config, low[0])} must be at least 1")
+    for name, choices in decoder.CHOICES.items():
+        value = getattr(config, name)
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"model {text!r}: {name}={value!r} is unknown: the nearest is {name}={near}")
     if (config.hidden % config.heads and not config.head_dim) or config.heads % config.kv_heads:
         raise ConfigError(
             f"model {text!r}: heads={config.heads} must divide hidden={config.hidden} "

@@ -7,10 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from meshwright.cli import inspect, train
+from meshwright.cli import doctor, inspect, plan, predict, train
 from meshwright.errors import MeshwrightError
 
-COMMANDS = (train, inspect)
+COMMANDS = (train, inspect, plan, predict, doctor)
 
 
 class _Parser(argparse.ArgumentParser):

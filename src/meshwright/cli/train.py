@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     joined = _announced_ranks()
     ranks = joined or arguments.ranks or plan.degree_product() or _default_ranks()
     check(config, ranks)
+    config = _planned(config, ranks)
     if arguments.resume:
         _check_resumed(config, folder)
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
@@ -57,6 +58,16 @@ def run(arguments: argparse.Namespace) -> int:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         print(json.dumps({"folder": str(folder), "steps": len(lines), "last": json.loads(lines[-1])}))
     return code
+
+
+def _planned(config: Any, ranks: int) -> Any:
+    """The configuration with `auto` replaced by the plan chosen for `ranks` ranks of this machine."""
+    from meshwright.parallel.auto import is_auto
+    from meshwright.train.predicted import chosen
+
+    if not is_auto(config.plan.text):
+        return config
+    return replace(config, plan=replace(config.plan, text=str(chosen(config, ranks))))
 
 
 def check(config: Any, ranks: int) -> None:

@@ -35,6 +35,7 @@ from meshwright.engine.randomness import seeded
 from meshwright.errors import ConfigError, DataError, ModelError, TrainingError
 from meshwright.parallel import fsdp
 from meshwright.parallel.apply import COMPUTE_DTYPES, Reading, apply, average_batch_norms, refuse_unavailable
+from meshwright.parallel.auto import choose_here, is_auto
 from meshwright.parallel.partitioned import needs_example, sum_parts
 from meshwright.parallel.pipelined import refuse_output, sum_shared
 from meshwright.parallel.ranks import build_ranks, connect
@@ -61,6 +62,7 @@ def parallelize(
     model: a module (changed in place; rank 0's values are the initial ones) or a zero-argument callable that builds one. The
         callable is run on the meta device and its values are drawn from `seed`: the same for every mesh.
     plan: a `Plan`, or its text; `AUTO` degrees take the ranks at hand. A process group that torchrun or Slurm announced is joined.
+        `auto` takes the fastest predicted for `example_batch` on each rank.
     optimizer: takes the list of trainable parameters, returns any `torch.optim` optimizer.
     loss_fn: `loss_fn(output, batch)` returns the mean loss over the batch's items, a scalar.
     count_fn: how many items a batch holds; by default `loss_fn.count` if there is one, else its rows.
@@ -85,6 +87,8 @@ def parallelize(
     parsed = Plan.parse(plan) if isinstance(plan, str) else plan
     refuse_unavailable(parsed)
     connect()
+    if isinstance(plan, str) and is_auto(plan):
+        parsed = choose_here(model, plan, example_batch, loss_fn)
     parsed = parsed.resolve(dist.get_world_size() if dist.is_initialized() else 1)
     settings = _Settings(
         loss_fn=loss_fn,

@@ -14,6 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": ("rms", "layer"),
+    "positions": ("rotary", "learned"),
+    "activation": ("swiglu", "geglu", "gelu", "sqrelu"),
+    "attention": ("flash", "eager"),
+    "kernels": ("eager", "fused"),
+}
+"""The values of the sizes that are names."""
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -32,7 +41,7 @@ class DecoderConfig:
     tied: bool = True
     norm: Literal["rms", "layer"] = "rms"
     positions: Literal["rotary", "learned"] = "rotary"
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "gelu", "sqrelu"] = "swiglu"
     bias: bool = False
     attention: Literal["flash", "eager"] = "flash"
     dropout: float = 0.0
@@ -42,6 +51,10 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     head_dim: int = 0
     """0: `hidden / heads`."""
+    kernels: Literal["eager", "fused"] = "eager"
+    """`fused`: for predicting runs of stacks with single kernels for norms, activations, rotary, loss and experts (these are
+    stacked then; the rest runs here as it is).
+    """
     shared_experts: int = 0
     """Experts (as one of `shared_experts * moe_ffn`) that every token visits besides its `topk`."""
     stacked: bool = False
@@ -187,16 +200,22 @@ class LatentAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two matrices and a GELU, or three matrices and a gated SiLU (SwiGLU)."""
+    """Two matrices and a GELU or squared ReLU, or three matrices and a gated SiLU (SwiGLU) or GELU (GeGLU)."""
 
     def __init__(self, config: DecoderConfig, ffn: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.hidden, ffn, bias=config.bias) if config.activation == "swiglu" else None
+        self.activation = config.activation
+        gated = config.activation in ("swiglu", "geglu")
+        self.gate = nn.Linear(config.hidden, ffn, bias=config.bias) if gated else None
         self.up = nn.Linear(config.hidden, ffn, bias=config.bias)
         self.down = nn.Linear(ffn, config.hidden, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        if self.gate is not None:
+            gate = self.gate(x)
+            inner = (F.silu(gate) if self.activation == "swiglu" else F.gelu(gate)) * self.up(x)
+        else:
+            inner = F.gelu(self.up(x)) if self.activation == "gelu" else F.relu(self.up(x)).square()
         out: Tensor = self.down(inner)
         return out
 
@@ -261,7 +280,7 @@ class Block(nn.Module):
         self.attention = LatentAttention(config) if config.latent_kv else Attention(config)
         self.ffn_norm = _norm(config)
         routed = config.experts > 0 and layer >= config.dense_layers
-        mixture = StackedExperts if config.stacked else MixtureOfExperts
+        mixture = StackedExperts if config.stacked or config.kernels == "fused" else MixtureOfExperts
         self.ffn = mixture(config) if routed else FeedForward(config, config.ffn)
         self.dropout = nn.Dropout(config.dropout)
 

@@ -24,9 +24,11 @@ from meshwright.engine import Engine, parallelize
 from meshwright.errors import ConfigError
 from meshwright.plan import Plan
 from meshwright.plan.memory import state_bytes
+from meshwright.plan.prediction import Prediction
 from meshwright.train.config import Config, OptimizerTable, ScheduleTable
 from meshwright.train.data import Samples, open_samples, training_batches, validation_batches
 from meshwright.train.metrics import MetricsFile, Terminal, peak_memory_bytes, trackers
+from meshwright.train.predicted import compare, expected, tail
 
 
 def make_optimizer(table: OptimizerTable) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
@@ -113,6 +115,8 @@ class _Run:
         self.peaks = peak_memory_bytes(engine.ranks)
         self.started = time.perf_counter()
         self.first = first
+        self.expected: Prediction | None = None
+        self.seconds: list[float] = []
 
     def introduce(self, resumed: Path | None) -> None:
         """Print what is about to run, and write down what the plan promises."""
@@ -124,7 +128,12 @@ class _Run:
         predicted = state_bytes(engine.plan, *numbers)
         if self.leads:
             prediction = {"plan": str(engine.plan), "parameters": trainable + frozen, "memory_bytes": predicted.to_json()}
+            self.expected = expected(self.config, engine.plan)
+            if self.expected is not None:
+                prediction["prediction"] = self.expected.to_json()
             (self.folder / "prediction.json").write_text(json.dumps(prediction, indent=1) + "\n")
+        if self.expected is not None:
+            self.terminal.say(f"predicted {self.expected.step_seconds:.4g} s a step, bound by {self.expected.bound}")
         ranks = engine.ranks.world_size
         self.terminal.say(f"model     {self.config.model.spec}: {trainable + frozen:,} parameters")
         self.terminal.say(f"plan      {engine.plan} ({ranks} rank{'s' if ranks > 1 else ''} on {engine.ranks.device.type})")
@@ -143,6 +152,7 @@ class _Run:
             began = time.perf_counter()
             metrics = self._counted(next(batches), step)
             seconds = time.perf_counter() - began
+            self.seconds.append(seconds)
             if step % self.config.log.every == 0 or step + 1 == train.steps:
                 self.peaks = peak_memory_bytes(engine.ranks)
             self._log(step, metrics.to_json(), seconds)
@@ -229,6 +239,9 @@ class _Run:
         say(f"validation loss {loss:.3f} nats per byte")
         if self.peak is None:
             say(f"mfu unknown: no peak rate is known for this device in {self.engine.dtypes.compute}")
+        usual = tail(self.seconds)
+        if self.expected is not None and usual is not None:
+            say(compare(self.expected, usual, max(self.peaks), self.engine.ranks.device.type, self.folder))
         if text:
             say("a sample of what it writes:")
             say("\n".join("  | " + line for line in text.splitlines()))

@@ -1,0 +1,140 @@
+"""Bytes on a rank at the worst moment of a step: states, activations in flight, what is gathered and made for a moment.
+
+Everything is a sum over a profile's records, so a CNN is counted like a decoder. Model states follow the table in `memory.py`.
+The heaviest rank counts, not the mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meshwright.plan.constants import constants
+from meshwright.plan.graph import Size
+from meshwright.plan.plan import Plan
+from meshwright.plan.profile import Profile, UnitProfile, degree
+from meshwright.plan.time import Split
+
+
+@dataclass(frozen=True)
+class UnitBytes:
+    """One call of a unit on one rank: bytes that backward keeps per micro-batch, and alive for a moment in each pass."""
+
+    kept: float
+    forward: float
+    backward: float
+
+
+def unit_bytes(unit: UnitProfile, split: Split, element: float) -> UnitBytes:
+    """Bytes of one micro-batch under `split`; `element` converts captured bytes to those of the dtype that runs."""
+    every = _kept(unit, split, "none") * element
+    kept = _kept(unit, split, split.recompute) * element
+    forward = _moment(unit.working_forward, split) * element
+    backward = _moment(unit.working_backward, split) * element
+    if split.recompute == "full" or split.recompute == "selective":
+        backward += every - kept
+    return UnitBytes(kept, forward, backward)
+
+
+def _kept(unit: UnitProfile, split: Split, recompute: str) -> float:
+    sequence = split.tp if split.sp else 1
+    if recompute == "full" and unit.entry[1]:
+        return _at(unit.entry, split) / sequence
+    total = 0.0
+    for kept in unit.kept:
+        if kept.core and recompute == "selective":
+            continue
+        share = degree(split.tp, kept.units) if kept.units else 1 if kept.enters else sequence
+        if kept.experts and kept.units:
+            share = max(share, sequence)
+        total += _at(kept.size, split) / share
+    return total
+
+
+def _moment(working: tuple[tuple[Size, int], ...], split: Split) -> float:
+    sequence = split.tp if split.sp else 1
+    return sum(_at(size, split) / (degree(split.tp, units) if units else sequence) for size, units in working)
+
+
+def _at(size: Size, split: Split) -> float:
+    return size[0] + size[1] * split.items / split.cp
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Parameters on one rank before the data axes divide them: of all kinds, of its experts, and of one block."""
+
+    dense: float
+    experts: float
+    largest_block: float
+    outside: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.dense + self.experts
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of model states on one rank."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    """Parameters gathered, and gradients whole, for a moment (zero=2 and zero=3)."""
+
+
+def shards(plan: Plan) -> int:
+    """Ranks that divide model states: `dp_shard`, and `cp` with it, whose ranks would hold the same states."""
+    asked = plan.dp_shard > 1 or (plan.zero < 3 and plan.dp_replicate == 1)
+    return plan.dp_shard * plan.cp if asked else 1
+
+
+def states(plan: Plan, elements: Elements, width: int) -> States:
+    """Model states of `elements` parameters of `width` bytes in the model as given (`memory.py` has the table)."""
+    low = plan.precision != "fp32"
+    shard = shards(plan)
+    experts_shard = max(1, shard * plan.dp_replicate * plan.tp // plan.ep) if shard > 1 and plan.ep > 1 else shard
+    zero = plan.zero if shard > 1 else 0
+    live = 2 if low and zero < 3 else width
+    master = width if low and zero < 3 else 0
+    gradient, moments = width, 2 * width
+
+    def divided(stage: int, each: float) -> float:
+        if zero < stage:
+            return each * elements.total
+        return each * (elements.dense / shard + elements.experts / experts_shard)
+
+    optimizer = divided(1, master + moments)
+    gathered = 0.0
+    if zero == 3:
+        compute = 2 if low else width
+        gathered = compute * (elements.outside + 2 * elements.largest_block) + width * max(elements.largest_block, elements.outside)
+    elif zero == 2:
+        gathered = gradient * max(elements.total / 16, elements.outside / 2 if elements.outside else 0.0) * 2
+    if "optimizer" in plan.offload:
+        optimizer = 0.0
+    parameters = divided(3, live)
+    if "params" in plan.offload and zero == 3:
+        parameters = 0.0
+    return States(parameters, divided(2, gradient), optimizer, gathered)
+
+
+def communicators(plan: Plan) -> int:
+    """Process groups with their own buffers on a rank."""
+    degrees = (plan.dp_replicate, plan.dp_shard, plan.tp, plan.cp, plan.pp, plan.ep)
+    return sum(d > 1 for d in degrees)
+
+
+def outside_allocator(plan: Plan, kernels: str) -> float:
+    """Bytes on the device that no tensor owns: the driver's context, workspaces, communicators."""
+    if kernels == "cpu":
+        return 0.0
+    table = constants()["memory"]
+    return float(table["context_gb"] + table["communicator_gb"] * communicators(plan)) * 1e9
+
+
+def block_elements(profile: Profile, kind: int, plan: Plan) -> tuple[float, float]:
+    """Parameters of one block on a rank before the data axes divide them: (dense, experts)."""
+    return profile.kinds[kind].weights.local(plan.tp, plan.ep)

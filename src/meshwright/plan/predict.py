@@ -1,0 +1,522 @@
+"""`predict`: what one plan costs, put together from units, stages, data ranks and the schedule.
+
+`Pricer` holds what does not change between plans (the profile, the cluster, the batch) and remembers what units cost; `search.py`
+asks it thousands of times, `predict` once. What a unit takes is in `time.py` and `footprint.py`, what a schedule does in
+`pipeline.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from meshwright.blueprint.record import Blueprint
+from meshwright.cluster import Cluster
+from meshwright.errors import ModelError, PlanError
+from meshwright.plan import pipeline
+from meshwright.plan.collectives import all_reduce, gather, group, send
+from meshwright.plan.constants import constants
+from meshwright.plan.footprint import Elements, States, outside_allocator, shards, states, unit_bytes
+from meshwright.plan.plan import Plan
+from meshwright.plan.prediction import Prediction
+from meshwright.plan.profile import Profile, profile
+from meshwright.plan.suited import run_mode, suited
+from meshwright.plan.time import Rates, Split, UnitTime, rates, unit_time
+
+
+def predict(blueprint: Blueprint, cluster: Cluster, plan: Plan | str, global_batch: int) -> Prediction:
+    """Memory and time of one plan, itemised (see `Prediction`); `global_batch` is in items (sequences, images).
+
+    A plan text is resolved for the cluster's devices. Raises `PlanError` if the axes don't multiply to the devices or don't divide
+    the batch, `ModelError` for a blueprint that was not captured.
+    """
+    if isinstance(plan, str):
+        plan = Plan.parse(plan)
+    plan = plan.resolve(cluster.devices)
+    return Pricer.of(blueprint, cluster, plan.precision, plan.compile).price(plan, global_batch)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a rank of the pipeline holds: calls by block kind, and whether what runs before and after the blocks."""
+
+    kinds: tuple[int, ...]
+    before: bool
+    after: bool
+
+
+@dataclass(frozen=True)
+class Base:
+    """A schedule's part of a step: `span` seconds, itemised for the busiest rank in `cost`; that rank's stage, its `backward` and
+    `busy` seconds per micro-batch, and the most parameters that any rank holds.
+    """
+
+    span: float
+    cost: dict[str, float]
+    most: Elements
+    stage: Stage
+    split: Split
+    backward: float
+    busy: float
+
+
+class Pricer:
+    """Costs of plans for one profile on one cluster at one precision; remembers every unit's cost."""
+
+    def __init__(self, shape: Profile, cluster: Cluster, precision: str) -> None:
+        self.shape, self.cluster, self.precision = shape, cluster, precision
+        self.rate: Rates = rates(cluster, precision, shape.mode, shape.dtype)
+        self.width = 4  # bytes of a parameter as a user's model holds it
+        self._times: dict[Any, Any] = {}
+        self._stages: dict[tuple[int, str, int], list[Stage]] = {}
+        self._groups: dict[tuple[int, int], Any] = {}
+        self._heads: dict[tuple[int, str, int], list[int]] = {}
+        self._elements: dict[tuple[int, int, int], Elements] = {}
+
+    @staticmethod
+    def of(blueprint: Blueprint, cluster: Cluster, precision: str, compiled: bool = False) -> Pricer:
+        """The pricer for a blueprint; kept beside the blueprint, so that a second prediction costs no capture."""
+        if not blueprint.captured:
+            raise ModelError(f"{blueprint.model} was not captured, so nothing can be predicted: {' '.join(blueprint.notes)}")
+        kept: dict[Any, Any] = blueprint.__dict__.setdefault("_pricers", {})
+        mode = run_mode(blueprint, compiled)
+        key = (id(constants()), str(cluster), cluster, precision, mode)
+        if key not in kept:
+            ready = suited(blueprint, cluster, precision)
+            kept[key] = Pricer(profile(ready, mode), cluster, precision)
+        found: Pricer = kept[key]
+        return found
+
+    def group(self, n: int, stride: int) -> Any:
+        """The group of `n` ranks `stride` apart on this cluster."""
+        if (n, stride) not in self._groups:
+            self._groups[n, stride] = group(self.cluster, n, stride)
+        return self._groups[n, stride]
+
+    def units(self, split: Split) -> tuple[list[UnitTime], list[Any]]:
+        """Time and bytes of every block kind, then of what runs before and after, for one split of the work."""
+        if split not in self._times:
+            tp = self.group(split.tp, 1)
+            cp = self.group(split.cp, split.tp)
+            ep = self.group(split.ep, split.tp * split.cp)
+            plain = Split(split.items, split.tp, split.sp, split.cp, split.ep, split.precision, "none")
+            all_units = [(unit, split) for unit in self.shape.kinds] + [(self.shape.before, plain), (self.shape.after, plain)]
+            times = [unit_time(unit, each, self.rate, tp, cp, ep) for unit, each in all_units]
+            sizes = [unit_bytes(unit, each, self.rate.element) for unit, each in all_units]
+            self._times[split] = (times, sizes)
+        found: tuple[list[UnitTime], list[Any]] = self._times[split]
+        return found
+
+    def stages(self, pp: int, schedule: str, virtual: int) -> list[Stage]:
+        """What each rank of the pipeline holds: blocks in equal numbers, what is over in the middle, away from both ends."""
+        key = (pp, schedule, virtual)
+        if key not in self._stages:
+            held = pipeline.chunks(schedule, virtual) if pp > 1 else 1
+            total, calls = pp * held, self.shape.calls
+            spans = _spans(len(calls), total)
+            found = []
+            for rank in range(pp):
+                mine = [pipeline.owner(schedule, pp, chunk, rank) for chunk in range(held)]
+                counts = [0] * len(self.shape.kinds)
+                for index in mine:
+                    for kind in calls[spans[index] : spans[index + 1]]:
+                        counts[kind] += 1
+                found.append(Stage(tuple(counts), 0 in mine, total - 1 in mine))
+            same = {stage: stage for stage in found}  # one object for equal stages: they are looked up by identity
+            self._stages[key] = [same[stage] for stage in found]
+        return self._stages[key]
+
+    def items(self, plan: Plan, global_batch: int) -> int:
+        """Items of one micro-batch on a rank. Raises `PlanError` if the batch can't be divided so."""
+        share = plan.dp_replicate * plan.dp_shard * plan.microbatches
+        if global_batch % share:
+            near = max(share, round(global_batch / share) * share)
+            what = f"{plan.dp_replicate * plan.dp_shard} data ranks x {plan.microbatches} microbatches"
+            raise PlanError(f"global_batch={global_batch} can't be divided over {what}: the nearest that can is {near}")
+        return global_batch // share
+
+    def check(self, plan: Plan) -> None:
+        """Raise `PlanError` for a plan that this model or the data axes can't take."""
+        if plan.pp > 1:
+            pipeline.check(plan.schedule, plan.pp, plan.virtual, plan.microbatches, len(self.shape.calls))
+        if plan.ep > 1:
+            if not self.shape.n_experts:
+                raise PlanError(f"ep={plan.ep} needs a model with experts, and this one has none: leave ep out")
+            if self.shape.n_experts % plan.ep:
+                raise PlanError(f"ep={plan.ep} does not divide the {self.shape.n_experts} experts: use a divisor of it")
+            if (plan.dp_shard * plan.dp_replicate * plan.tp * plan.cp) % plan.ep:
+                data = plan.dp_shard * plan.dp_replicate
+                raise PlanError(f"ep={plan.ep} lies inside the data axes, which have {data} ranks: use a divisor of {data}")
+        if plan.cp > 1 and (not self.shape.sequence or self.shape.sequence % (2 * plan.cp)):
+            raise PlanError(f"cp={plan.cp} does not divide a sequence of {self.shape.sequence} in two equal parts per rank")
+        if plan.sp and plan.tp == 1:
+            raise PlanError("sp=on needs tp of at least 2: sequence parallelism lies between tensor-parallel regions")
+
+    def price(self, plan: Plan, global_batch: int) -> Prediction:
+        """The prediction of a resolved plan."""
+        self.check(plan)
+        items = self.items(plan, global_batch)
+        cost = self.cost(plan, self.base(plan, self.split(plan, items)))
+        memory, heaviest = self.memory(plan, items)
+        return self._report(plan, global_batch, items, cost, memory, heaviest)
+
+    def split(self, plan: Plan, items: int) -> Split:
+        """The part of the work of one rank."""
+        recompute = "full" if plan.recompute.startswith("budget") else plan.recompute
+        return Split(items, plan.tp, plan.sp, plan.cp, plan.ep, plan.precision, recompute)
+
+    def elements(self, plan: Plan, stage: Stage) -> Elements:
+        """Parameters of a rank of the pipeline before the data axes divide them."""
+        key = (id(stage), plan.tp, plan.ep)  # stages live as long as the pricer
+        if key not in self._elements:
+            self._elements[key] = self._count_elements(plan, stage)
+        return self._elements[key]
+
+    def _count_elements(self, plan: Plan, stage: Stage) -> Elements:
+        shape = self.shape
+        dense = experts = largest = outside = 0.0
+        for kind, count in enumerate(stage.kinds):
+            if count:
+                d, e = shape.kinds[kind].weights.local(plan.tp, plan.ep)
+                dense, experts, largest = dense + count * d, experts + count * e, max(largest, d + e)
+        for side, held in ((shape.before, stage.before), (shape.after, stage.after)):
+            if held:
+                outside += side.weights.local(plan.tp, plan.ep)[0]
+        if stage.before and stage.after and shape.tied:
+            outside -= shape.tied / plan.tp
+        return Elements(dense + outside, experts, largest, outside)
+
+    def memory(self, plan: Plan, items: int) -> tuple[dict[str, float], int]:
+        """Live bytes by purpose on the heaviest rank, and which rank that is."""
+        found = self.memory_by_rank(plan, items)
+        heaviest = max(range(len(found)), key=lambda rank: found[rank]["peak"])
+        return found[heaviest], heaviest
+
+    def memory_by_rank(self, plan: Plan, items: int) -> list[dict[str, float]]:
+        """Live bytes by purpose on each rank of the pipeline."""
+        stages = self.stages(plan.pp, plan.schedule, plan.virtual)
+        held = {stage: states(plan, self.elements(plan, stage), self.width) for stage in dict.fromkeys(stages)}
+        moments = self.activations(plan, self.split(plan, items), range(plan.pp))
+        return [self._moments(plan, held[stage], *moment) for stage, moment in zip(stages, moments, strict=True)]
+
+    def heads(self, pp: int, schedule: str, virtual: int) -> list[int]:
+        """Of ranks that hold the same, the first: it keeps most micro-batches, so the heaviest rank is one of these."""
+        key = (pp, schedule, virtual)
+        if key not in self._heads:
+            first: dict[Stage, int] = {}
+            for rank, stage in enumerate(self.stages(pp, schedule, virtual)):
+                first.setdefault(stage, rank)
+            self._heads[key] = sorted(first.values())
+        return self._heads[key]
+
+    def activations(self, plan: Plan, split: Split, ranks: Iterable[int]) -> list[tuple[float, float]]:
+        """Bytes kept for backward on each of `ranks` with all its micro-batches in flight, and alive beside them for a moment."""
+        sizes = self.units(split)[1]
+        n = len(self.shape.kinds)
+        stages = self.stages(plan.pp, plan.schedule, plan.virtual)
+        found = []
+        for rank in ranks:
+            stage = stages[rank]
+            flight = pipeline.in_flight(plan.schedule, plan.virtual, plan.pp, plan.microbatches, rank)
+            saved = sum(count * sizes[kind].kept for kind, count in enumerate(stage.kinds) if count)
+            working = max((max(sizes[kind].forward, sizes[kind].backward) for kind, c in enumerate(stage.kinds) if c), default=0.0)
+            if plan.recompute.startswith("budget"):
+                free = self.units(replace(split, recompute="none"))[1]
+                saved = self._within(plan, stage, sizes, free, flight)
+            ends = 0.0
+            if stage.before:
+                saved += sizes[n].kept
+            if stage.after:
+                ends = sizes[n + 1].kept
+                working = max(working, max(sizes[n + 1].forward, sizes[n + 1].backward))
+            kept = flight * saved + ends
+            if "activations" in plan.offload:
+                kept = min(kept, 2 * saved / max(1, sum(stage.kinds)) + ends)
+            found.append((kept, working))
+        return found
+
+    def _within(self, plan: Plan, stage: Stage, sizes: Sequence[Any], free: Sequence[Any], flight: float) -> float:
+        """Kept bytes per micro-batch when as many blocks as the budget allows are not recomputed."""
+        kept = float(sum(c * sizes[kind].kept for kind, c in enumerate(stage.kinds)))
+        for kind, count in enumerate(stage.kinds):
+            for _ in range(count):
+                more = free[kind].kept - sizes[kind].kept
+                if (kept + more) * flight > budget_bytes(plan.recompute):
+                    return kept
+                kept += more
+        return kept
+
+    def whole_gradients(self, plan: Plan) -> bool:
+        """Whether every gradient is in memory while the first backward runs: with several micro-batches, or in flat buffers."""
+        return self.shape.mode != "eager" or plan.microbatches > 1 or plan.pp > 1
+
+    def _moments(self, plan: Plan, held: States, activations: float, working: float) -> dict[str, float]:
+        """The worst of two moments: the first backward with every activation there, and after the backward with every gradient."""
+        whole = self.whole_gradients(plan)
+        first = activations + working + (held.gradients if whole else 0.0)
+        parts = {"parameters": held.parameters, "gradients": held.gradients, "optimizer": held.optimizer}
+        if first >= held.gradients:
+            parts |= {
+                "gradients": held.gradients if whole else 0.0,
+                "activations": activations,
+                "temporary": working + held.gathered,
+            }
+        else:
+            parts |= {"activations": 0.0, "temporary": held.gathered}
+        return parts | {"peak": sum(parts.values())}
+
+    def _ranks(self, plan: Plan, split: Split) -> tuple[list[float], list[float], list[float], float]:
+        """Seconds of one micro-batch on each rank of the pipeline (forward, backward, weights), and of one send."""
+        times = self.units(split)[0]
+        n = len(self.shape.kinds)
+        stages = self.stages(plan.pp, plan.schedule, plan.virtual)
+        spared = self._not_recomputed(plan, split.items, stages)
+        sent = self._sent(plan, split.items)
+        seen: dict[Any, tuple[float, float, float]] = {}
+        ranks = []
+        for stage, free in zip(stages, spared, strict=True):
+            key = (id(stage), free)
+            if key not in seen:
+                seen[key] = self._stage_time(stage, times, n, plan, split.items, free)
+            ranks.append(seen[key])
+        return [f + sent for f, _, _ in ranks], [b + sent for _, b, _ in ranks], [w for _, _, w in ranks], sent
+
+    def base(self, plan: Plan, split: Split) -> Base:
+        """What the schedule takes: the same for every way to use the data axes and to offload."""
+        times = self.units(split)[0]
+        stages = self.stages(plan.pp, plan.schedule, plan.virtual)
+        forward, backward, weight, sent = self._ranks(plan, split)
+        micro = plan.microbatches
+        span = pipeline.step(plan.schedule, plan.virtual, micro, forward, backward, weight)
+        whole = [f + b + w for f, b, w in zip(forward, backward, weight, strict=True)]
+        busiest = whole.index(max(whole))
+        parts = self._parts(stages[busiest], times, len(self.shape.kinds))
+        cost = {name: micro * seconds for name, seconds in parts.items()}
+        cost["pp_comm"] = micro * 2 * sent
+        cost["compute"] = micro * (whole[busiest] - 2 * sent - sum(parts.values()))
+        cost["bubble"] = span - micro * whole[busiest]
+        most = max((self.elements(plan, stage) for stage in dict.fromkeys(stages)), key=lambda e: e.total)
+        return Base(span, cost, most, stages[busiest], split, backward[busiest] + weight[busiest], whole[busiest])
+
+    def cost(self, plan: Plan, base: Base) -> dict[str, float]:
+        """Seconds by purpose; they sum to the step."""
+        times, sizes = self.units(base.split)
+        cost = dict(base.cost)
+        cost["dp_comm_exposed"] = self._data_axes(plan, base.most, base.stage, times, base.backward)
+        cost["optimizer"] = self._optimizer(plan, base.most)
+        cost["offload"] = self._offload(plan, base.most, sizes, base.stage, plan.microbatches, base.busy)
+        return cost
+
+    def _not_recomputed(self, plan: Plan, items: int, stages: Sequence[Stage]) -> list[int]:
+        """Blocks of each rank that a budget spares from recompute; 0 for every other setting."""
+        if not plan.recompute.startswith("budget"):
+            return [0] * len(stages)
+        sizes = self.units(self.split(plan, items))[1]
+        free = self.units(Split(items, plan.tp, plan.sp, plan.cp, plan.ep, plan.precision, "none"))[1]
+        spared = []
+        for rank, stage in enumerate(stages):
+            flight = pipeline.in_flight(plan.schedule, plan.virtual, plan.pp, plan.microbatches, rank)
+            kept = sum(c * sizes[kind].kept for kind, c in enumerate(stage.kinds))
+            total = self._within(plan, stage, sizes, free, flight)
+            each = max((free[k].kept - sizes[k].kept for k, c in enumerate(stage.kinds) if c), default=0.0)
+            spared.append(int((total - kept) / each + 0.5) if each > 0 else 0)
+        return spared
+
+    def _stage_time(
+        self, stage: Stage, times: Sequence[UnitTime], n: int, plan: Plan, items: int, spared: int
+    ) -> tuple[float, float, float]:
+        f = b = w = 0.0
+        parts = [(times[kind], count) for kind, count in enumerate(stage.kinds) if count]
+        parts += [(times[n], 1)] * stage.before + [(times[n + 1], 1)] * stage.after
+        for unit, count in parts:
+            f += count * unit.total_forward
+            b += count * (unit.total_backward - unit.weight)
+            w += count * unit.weight
+        if spared:
+            free = self.units(Split(items, plan.tp, plan.sp, plan.cp, plan.ep, plan.precision, "none"))[0]
+            kind = next(k for k, c in enumerate(stage.kinds) if c)
+            b -= spared * (times[kind].total_backward - free[kind].total_backward)
+        return f, b, w
+
+    def _parts(self, stage: Stage, times: Sequence[UnitTime], n: int) -> dict[str, float]:
+        total = dict.fromkeys(("tp_comm", "cp_comm", "ep_comm"), 0.0)
+        counts = [*stage.kinds, int(stage.before), int(stage.after)]
+        for unit, count in zip(times, counts, strict=True):
+            total["tp_comm"] += count * (unit.tp_forward + unit.tp_backward)
+            total["cp_comm"] += count * (unit.cp_forward + unit.cp_backward)
+            total["ep_comm"] += count * (unit.ep_forward + unit.ep_backward)
+        return total
+
+    def _sent(self, plan: Plan, items: int) -> float:
+        """Seconds that a stage's sends add to a micro-batch's forward, and again to its backward."""
+        if plan.pp == 1 or not self.shape.boundaries:
+            return 0.0
+        fixed, per_item = self.shape.boundaries[len(self.shape.boundaries) // 2]
+        size = (fixed + per_item * items) * self.rate.element / plan.cp / (plan.tp if plan.sp else 1)
+        stride = max(1, self.cluster.devices // plan.pp)  # the pipeline is the outermost axis
+        return pipeline.chunks(plan.schedule, plan.virtual) * send(self.cluster, stride, size)
+
+    def _data_axes(self, plan: Plan, most: Elements, stage: Stage, times: Sequence[UnitTime], backward: float) -> float:
+        """Exposed seconds of gradients' and parameters' collectives over the data axes."""
+        inner = plan.tp * plan.cp
+        shard, replicate = self.group(plan.dp_shard * plan.cp, plan.tp), self.group(plan.dp_replicate, inner * plan.dp_shard)
+        table = constants()["collective"]
+        slow = float(table["interference"])
+        gradients = most.dense + most.experts / (1 if plan.ep == 1 else plan.ep) * 1.0
+        if plan.dp_shard > 1 and plan.zero == 3:
+            return self._fully_sharded(plan, stage, times, slow)
+        width, live = float(self.width), 2.0 if plan.precision != "fp32" else float(self.width)
+        if shards(plan) == 1:
+            shard, replicate = self.group(1, inner), self.group(plan.dp_replicate * plan.cp, plan.tp)
+        once = all_reduce(replicate, width * gradients / shard.n)
+        scatter = gather(shard, width * gradients)
+        each = plan.microbatches if plan.zero == 2 and plan.dp_shard > 1 else 1
+        window = float(table["window"]) * backward
+        sent = once + each * scatter
+        hidden = min(sent, window * each)
+        return sent - (1 - slow) * hidden + gather(shard, live * gradients)
+
+    def _fully_sharded(self, plan: Plan, stage: Stage, times: Sequence[UnitTime], slow: float) -> float:
+        """FSDP: each block's parameters come while the one before computes, its gradients leave while the next one does."""
+        inner = plan.tp * plan.cp
+        shard, replicate = self.group(plan.dp_shard * plan.cp, plan.tp), self.group(plan.dp_replicate, inner * plan.dp_shard)
+        live, width = 2.0 if plan.precision != "fp32" else float(self.width), float(self.width)
+        total = first = 0.0
+        for kind, count in enumerate(stage.kinds):
+            if not count:
+                continue
+            d, e = self.shape.kinds[kind].weights.local(plan.tp, plan.ep)
+            size = d + e / max(1, plan.ep)
+            come, leave = gather(shard, live * size), gather(shard, width * size)
+            leave += all_reduce(replicate, width * size / shard.n) / plan.microbatches
+            f, b = times[kind].total_forward, times[kind].total_backward
+            total += count * (max(0.0, come - f) + slow * min(come, f))
+            total += count * (max(0.0, come + leave - b) + slow * min(come + leave, b))
+            first = come + leave
+        elements = self.elements(plan, stage)
+        outside = gather(shard, live * elements.outside) + gather(shard, width * elements.outside)
+        return plan.microbatches * (total + first) + plan.microbatches * outside
+
+    def _optimizer(self, plan: Plan, most: Elements) -> float:
+        table = constants()["step"]
+        shard = shards(plan)
+        held = most.total / shard if plan.ep == 1 else most.dense / shard + most.experts / max(1, shard // plan.ep)
+        seconds = table["fixed_ms"] * 1e-3 if self.cluster.device.kernels != "cpu" else 0.0
+        if "optimizer" not in plan.offload:
+            return float(seconds + held * table["optimizer_bytes"] / self.cluster.device.memory_bytes_per_s)
+        return float(seconds)
+
+    def _offload(self, plan: Plan, most: Elements, sizes: Sequence[Any], stage: Stage, micro: int, busy: float) -> float:
+        """Seconds that transfers to host memory or disk add beyond what compute hides."""
+        if plan.offload == "none":
+            return 0.0
+        table, device = constants()["step"], self.cluster.device
+        link = device.host_bytes_per_s or 25e9
+        held = most.total / shards(plan)
+        seconds = 0.0
+        for part in plan.offload.split(","):
+            what, _, where = part.partition(":")
+            disk = table["nvme_gb_s"] * 1e9 / self.cluster.per_node if where.startswith("nvme") else None
+            if what == "optimizer":
+                seconds += 6.0 * held / link + held * table["cpu_adam_bytes"] * self.cluster.per_node / (
+                    table["host_memory_gb_s"] * 1e9
+                )
+                seconds += 24.0 * held / disk if disk else 0.0
+            elif what == "params":
+                moved = 2 * micro * 2.0 * held / min(link, disk or link)
+                seconds += max(0.0, moved - micro * busy)
+            else:
+                kept = sum(c * sizes[kind].kept for kind, c in enumerate(stage.kinds))
+                seconds += micro * max(0.0, 2 * kept / min(link, disk or link) - 0.8 * busy)
+        return seconds
+
+    def _report(
+        self, plan: Plan, batch: int, items: int, cost: dict[str, float], memory: dict[str, float], heaviest: int
+    ) -> Prediction:
+        names = ("compute", "tp_comm", "cp_comm", "ep_comm", "pp_comm", "dp_comm_exposed", "optimizer", "offload", "bubble")
+        seconds = {name: cost[name] for name in names}
+        step = sum(seconds.values())
+        devices = plan.degree_product()
+        shape, device = self.shape, self.cluster.device
+        flops = shape.flops[0] + shape.flops[1] * batch
+        reserved, on_device = self.on_device(plan, memory)
+        peak = device.peak_flops("float8" if plan.precision == "fp8" else {"fp32": "float32"}.get(plan.precision, "bfloat16"))
+        fits = on_device <= device.memory_bytes
+        return Prediction(
+            plan=str(plan),
+            devices=devices,
+            step_seconds=step,
+            tokens_per_second_per_device=batch * (shape.sequence or 1) / step / devices,
+            model_tflops_per_device=flops / step / devices / 1e12,
+            hardware_tflops_per_device=self._hardware(plan, items) / step / devices / 1e12,
+            mfu=flops / step / devices / peak,
+            bubble_fraction=seconds["bubble"] / step,
+            memory_bytes=memory,
+            fits=fits,
+            time_seconds=seconds,
+            reserved_bytes=reserved,
+            device_bytes=on_device,
+            capacity_bytes=float(device.memory_bytes),
+            bound="memory" if not fits else _bound(seconds, step),
+            price_per_hour=devices * device.price,
+            micro_batch=items,
+            heaviest_rank=heaviest,
+        )
+
+    def on_device(self, plan: Plan, memory: dict[str, float]) -> tuple[float, float]:
+        """Bytes reserved by the allocator, and on the device in all."""
+        if self.cluster.device.kernels == "cpu":
+            return memory["peak"], memory["peak"]
+        reserved = memory["peak"] + constants()["memory"]["slack"] * (memory["activations"] + memory["temporary"])
+        return reserved, reserved + outside_allocator(plan, self.cluster.device.kernels)
+
+    def heaviest_device_bytes(self, plan: Plan, held: Sequence[States], moments: Sequence[tuple[float, float]]) -> float:
+        """Bytes on the device of the heaviest of some ranks, in all: what `fits` compares, without the itemised record."""
+        whole = self.whole_gradients(plan)
+        peak = moving = 0.0
+        for state, (kept, working) in zip(held, moments, strict=True):
+            gradients = state.gradients if whole else 0.0
+            if kept + working + gradients >= state.gradients:
+                changing = kept + working + state.gathered
+            else:
+                gradients, changing = state.gradients, state.gathered
+            live = state.parameters + state.optimizer + gradients + changing
+            if live > peak:
+                peak, moving = live, changing
+        return self.on_device(plan, {"peak": peak, "activations": moving, "temporary": 0.0})[1]
+
+    def _hardware(self, plan: Plan, items: int) -> float:
+        times = self.units(self.split(plan, items))[0]
+        counts = [self.shape.calls.count(kind) for kind in range(len(self.shape.kinds))] + [1, 1]
+        per_rank = sum(unit.hardware_flops * count for unit, count in zip(times, counts, strict=True))
+        return per_rank * plan.microbatches * plan.degree_product() / plan.pp
+
+
+def budget_bytes(text: str) -> float:
+    """The bytes of `recompute=budget=40GB`."""
+    amount = text.removeprefix("budget=").removesuffix("B")
+    scale = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(amount[-1:], 1.0)
+    return float(amount.rstrip("KMGT")) * scale
+
+
+def _spans(layers: int, stages: int) -> list[int]:
+    """Where each of `stages` starts: equal parts, what is left over to those in the middle."""
+    each, over = divmod(layers, stages)
+    sizes = [each] * stages
+    middle = sorted(range(stages), key=lambda index: abs(index - (stages - 1) / 2))
+    for index in middle[:over]:
+        sizes[index] += 1
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return starts
+
+
+def _bound(seconds: dict[str, float], step: float) -> str:
+    """What a faster plan would have to shorten."""
+    wires = sum(seconds[name] for name in ("tp_comm", "cp_comm", "ep_comm", "pp_comm", "dp_comm_exposed"))
+    kinds = {"compute": seconds["compute"], "bandwidth": wires, "bubble": seconds["bubble"], "offload": seconds["offload"]}
+    if kinds["compute"] < 0.7 * step:
+        kinds["compute"] = 0.0
+    return max(kinds, key=kinds.__getitem__) if any(kinds.values()) else "compute"

@@ -1,0 +1,153 @@
+"""Predictions hold to published formulas, to themselves, and say in one sentence what they refuse."""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+import meshwright as mw
+from meshwright.blueprint.record import Blueprint
+from meshwright.plan.footprint import unit_bytes
+from meshwright.plan.prediction import MEMORY, TIME, Prediction
+from meshwright.plan.profile import UnitProfile, profile
+from meshwright.plan.time import Split
+
+LLAMA = "llama:layers=4,hidden=512,heads=8,kv_heads=4,ffn=1536,vocab=4096,sequence=512"
+
+
+@cache
+def llama(kernels: str = "eager") -> Blueprint:
+    return mw.inspect(f"{LLAMA},kernels={kernels}", seq=512, dtype=torch.bfloat16, device="cuda")
+
+
+def priced(plan: str, cluster: str = "8xH100-80GB", batch: int = 64) -> Prediction:
+    return mw.predict(llama(), mw.Cluster.parse(cluster), plan, global_batch=batch)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "dp_replicate=8 precision=bf16",
+        "dp_shard=8 zero=2 precision=bf16 microbatches=2",
+        "dp_replicate=2 dp_shard=4 zero=3 precision=bf16 recompute=full",
+        "dp_shard=2 zero=1 tp=4 sp=on precision=bf16",
+        "dp_shard=2 tp=2 pp=2 microbatches=4 precision=fp8",
+        "dp_shard=2 cp=4 precision=bf16 offload=optimizer:cpu",
+        "pp=2 tp=4 virtual=2 schedule=interleaved microbatches=8",
+        "pp=4 dp_shard=2 schedule=zero_bubble microbatches=4 recompute=selective compile=on",
+    ],
+)
+def test_items_sum_up_and_everything_is_finite(plan: str) -> None:
+    found = priced(plan)
+    assert tuple(found.memory_bytes) == MEMORY or set(found.memory_bytes) == set(MEMORY)
+    assert set(found.time_seconds) == set(TIME)
+    assert sum(found.time_seconds.values()) == pytest.approx(found.step_seconds)
+    assert sum(found.memory_bytes[name] for name in MEMORY[:-1]) == pytest.approx(found.memory_bytes["peak"])
+    assert all(math.isfinite(v) and v >= -1e-12 for v in (*found.time_seconds.values(), *found.memory_bytes.values()))
+    assert found.device_bytes >= found.reserved_bytes >= found.memory_bytes["peak"]
+    assert 0 < found.mfu < 1
+    assert found.tokens_per_second_per_device == pytest.approx(64 * 512 / found.step_seconds / 8)
+    assert Prediction.from_json(found.to_json()) == found
+
+
+def kept(unit: UnitProfile, tp: int, sp: bool, recompute: str) -> float:
+    return unit_bytes(unit, Split(1, tp, sp, 1, 1, "bf16", recompute), 1.0).kept
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+@pytest.mark.parametrize(("hidden", "heads", "s"), [(1024, 16, 512), (2048, 16, 1024)])
+def test_activation_bytes_are_those_of_korthikanti_table_2(tp: int, hidden: int, heads: int, s: int) -> None:
+    """arXiv:2205.05198, from a captured graph: nothing of these formulas is in the package."""
+    spec = f"gpt:layers=2,hidden={hidden},heads={heads},vocab=512,sequence={s},attention=eager,dropout=0.1,kernels=fused"
+    (unit,) = profile(mw.inspect(spec, seq=s, dtype=torch.bfloat16, device="cuda"), "fused").kinds
+    sbh, core = s * hidden, 5 * heads * s / hidden
+    assert kept(unit, tp, False, "none") == pytest.approx(sbh * (10 + 24 / tp + core / tp), rel=0.01)
+    assert kept(unit, tp, True, "none") == pytest.approx(sbh / tp * (34 + core), rel=0.01) or tp == 1
+    assert kept(unit, tp, False, "selective") == pytest.approx(sbh * (10 + 24 / tp), rel=0.01)
+    assert kept(unit, tp, True, "selective") == pytest.approx(sbh * 34 / tp, rel=0.01) or tp == 1
+    assert kept(unit, tp, False, "full") == pytest.approx(2 * sbh, rel=0.01)
+
+
+def test_a_fused_llama_block_keeps_what_fused_stacks_keep() -> None:
+    """sb(10h + 2(h + 2k) + 4a + 6f) bytes with fused kernels (shared/field/planner_formulas.md 3.1)."""
+    (unit,) = profile(llama("fused"), "fused").kinds
+    h, k, a, f, s = 512, 256, 8, 1536, 512
+    assert kept(unit, 1, False, "none") == pytest.approx(s * (10 * h + 2 * (h + 2 * k) + 4 * a + 6 * f), rel=0.01)
+    modes = {mode: profile(llama(), mode).kinds[0] for mode in ("eager", "fused", "compiled")}
+    saved = {mode: kept(unit, 1, False, "none") for mode, unit in modes.items()}
+    launches = {mode: unit.forward.launches for mode, unit in modes.items()}
+    assert saved["fused"] < saved["compiled"] < saved["eager"]
+    assert launches["compiled"] < launches["fused"] < launches["eager"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_states_are_divided_as_zero_promises(stage: int) -> None:
+    parameters = llama().n_parameters
+    found = priced(f"dp_shard=8 zero={stage} precision=bf16 microbatches=2").memory_bytes
+    states = found["parameters"] + found["gradients"] + found["optimizer"]
+    promised = {1: 2 + 4 + 12 / 8, 2: 2 + 4 / 8 + 12 / 8, 3: 16 / 8}[stage]
+    assert states == pytest.approx(promised * parameters, rel=0.01)
+
+
+def test_more_of_an_axis_costs_less_memory_and_recompute_costs_time() -> None:
+    plans = [f"dp_shard={8 // tp} zero=1 tp={tp} microbatches={2 * tp} precision=bf16" for tp in (1, 2, 4)]
+    peaks = [priced(plan).memory_bytes["peak"] for plan in plans]  # micro-batches of 4
+    assert peaks == sorted(peaks, reverse=True)
+    plain, full = (priced(f"dp_shard=8 zero=3 precision=bf16 recompute={r}", batch=512) for r in ("none", "full"))
+    assert full.memory_bytes["activations"] < plain.memory_bytes["activations"]
+    assert full.step_seconds > plain.step_seconds
+    budget = priced("dp_shard=8 zero=3 precision=bf16 recompute=budget=20GB", batch=512)
+    assert budget.memory_bytes["activations"] <= max(20e9, full.memory_bytes["activations"])
+    assert full.step_seconds >= budget.step_seconds >= plain.step_seconds - 1e-9
+
+
+def test_a_slower_network_never_helps() -> None:
+    plan = "dp_shard=4 zero=1 tp=4 sp=on precision=bf16"
+    fast = priced(plan, "2x8xH100-80GB,inter=50")
+    slow = priced(plan, "2x8xH100-80GB,inter=5")
+    assert slow.step_seconds > fast.step_seconds
+    assert slow.time_seconds["tp_comm"] == pytest.approx(fast.time_seconds["tp_comm"])  # inside a node
+
+
+def test_a_convolutional_network_is_priced_too() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(4)))
+    blueprint = mw.inspect(model, torch.randn(2, 16, 32, 32), loss_fn=lambda out, batch: out.float().mean())
+    found = mw.predict(blueprint, mw.Cluster.parse("4xA100-80GB"), "ddp", global_batch=32)
+    assert found.step_seconds > 0
+    assert found.memory_bytes["activations"] > 4 * 16 * 32 * 32 * 8 * 4
+
+
+def test_expert_parallelism_divides_experts() -> None:
+    spec = "llama:layers=2,hidden=256,heads=4,vocab=512,experts=8,moe_ffn=512,stacked=on"
+    blueprint = mw.inspect(spec, seq=256, dtype=torch.bfloat16, device="cuda")
+    cluster = mw.Cluster.parse("8xH100-80GB")
+    one, eight = (mw.predict(blueprint, cluster, f"dp_replicate=8 ep={ep} precision=bf16", global_batch=64) for ep in (1, 8))
+    assert eight.memory_bytes["parameters"] < one.memory_bytes["parameters"] / 2
+    assert eight.time_seconds["ep_comm"] > 0 == one.time_seconds["ep_comm"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "batch", "part"),
+    [
+        ("dp_shard=8", 30, "nearest that can is 32"),
+        ("dp_shard=4", 32, "needs 4 ranks"),
+        ("dp_shard=8 ep=2", 32, "has none"),
+        ("pp=8 microbatches=4", 32, "the model has 4"),
+        ("dp_shard=4 pp=2 virtual=2 microbatches=4", 32, "virtual=2 needs schedule"),
+        ("dp_shard=8 sp=on", 32, "needs tp"),
+    ],
+)
+def test_mistakes_cost_one_sentence(plan: str, batch: int, part: str) -> None:
+    with pytest.raises(mw.PlanError) as caught:
+        priced(plan, batch=batch)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_blueprint_for_another_device_is_captured_again() -> None:
+    elsewhere = mw.inspect(LLAMA, seq=512)  # float32, CPU kernels
+    plan, cluster = "dp_shard=8 zero=3 precision=bf16", mw.Cluster.parse("8xH100-80GB")
+    again = mw.predict(elsewhere, cluster, plan, global_batch=64)
+    assert again.memory_bytes == priced(plan).memory_bytes
