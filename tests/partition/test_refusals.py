@@ -10,6 +10,7 @@ from torch import nn
 import meshwright as mw
 from meshwright.errors import ConfigError, MeshwrightError, PlanError
 from meshwright.models.decoder import Decoder, gpt, llama
+from meshwright.parallel.apply import refuse_unavailable
 from meshwright.parallel.preview import preview
 from meshwright.plan import Plan
 
@@ -70,7 +71,7 @@ def test_an_example_is_asked_for() -> None:
 
 def test_sequence_parallelism_needs_tensor_parallelism() -> None:
     with pytest.raises(PlanError, match="sp=on divides activations over the ranks of tp: add tp="):
-        Plan.parse("sp=on dp_shard=2").resolve(2)
+        refuse_unavailable(Plan.parse("sp=on dp_shard=2"))
 
 
 def test_refusals_are_one_line() -> None:

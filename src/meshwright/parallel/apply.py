@@ -162,6 +162,8 @@ def refuse_unavailable(plan: Plan) -> None:
             raise PlanError(
                 f"{item} is not available in this version: leave {name} out; dp_replicate, dp_shard, zero, tp, cp and pp are"
             )
+    if plan.sp and plan.tp == 1:
+        raise PlanError("sp=on divides activations over the ranks of tp: add tp=N, or leave sp out")
     if plan.precision not in COMPUTE_DTYPES:
         raise PlanError(f"precision={plan.precision} is not available in this version: the nearest is precision=bf16")
 

@@ -134,8 +134,6 @@ class Plan:
         three nearest, the largest sharding.
         Raises `PlanError` if the axes don't multiply to `world_size`.
         """
-        if self.sp and self.tp == 1:
-            raise PlanError("sp=on divides activations over the ranks of tp: add tp=N, or leave sp out")
         free = [name for name in _DEGREES if getattr(self, name) == AUTO]
         fixed = math.prod(getattr(self, name) for name in _DEGREES if name != "ep" and name not in free)
         if world_size % fixed or (not free and fixed != world_size):
