@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -368,6 +369,54 @@ class CutStatistics(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+@between()
+def _hook_on_an_activation(x: Tensor) -> Tensor:
+    x = x * 1.0
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient * 0.5)
+    return x
+
+
+@between(LENGTH, LENGTH, LENGTH)
+class CountsInPython(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.also = 0, torch.zeros((), dtype=torch.double)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.also += 1
+        return x * self.calls + 0.1 * self.also
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    size: Tensor
+
+
+@whole(_tokens(LENGTH, LENGTH), lambda output, batch: _tokens_loss(output.logits, batch) + output.size)
+class ReturnsADataclass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Model()
+
+    def forward(self, tokens: Tensor) -> Output:
+        logits = self.model(tokens)
+        return Output(logits, logits.square().mean())
+
+
+@between()
+class FollowsItsOwnGradient(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(WIDTH, 32), nn.Tanh(), nn.Linear(32, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+        return x - slope
 
 
 def _returned_loss(output: Any, batch: Any) -> Tensor:

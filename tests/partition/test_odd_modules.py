@@ -16,7 +16,7 @@ def under(name: str, plan: str) -> dict[str, float] | str:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("plan", ["tp=2", "tp=2 sp=on", "cp=2"])
+@pytest.mark.parametrize("plan", ["tp=2", "cp=2"])
 def test_same_as_single_device(name: str, plan: str) -> None:
     found = ranks.run(2, under, name, plan)[0]
     if plan == "cp=2" and name in WITHOUT_SEQUENCE:
@@ -24,3 +24,8 @@ def test_same_as_single_device(name: str, plan: str) -> None:
         assert found.startswith("PlanError: cp=2: the batch has no sequence")
     else:
         assert not found
+
+
+@pytest.mark.parametrize("name", ["plain", "setfirst", "slots", "scaledproduct", "every_second"])
+def test_same_under_sequence_parallelism(name: str) -> None:
+    assert not ranks.run(2, under, name, "tp=2 sp=on")[0]

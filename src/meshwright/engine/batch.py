@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright._torch import tensors_of, tree_map_tensors
-from meshwright.errors import DataError
+from meshwright.errors import ConfigError, DataError
 
 
 def rows(batch: Any) -> int:
@@ -90,3 +90,13 @@ def caller(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype | 
         )
 
     return call
+
+
+def scalar(loss: Any, what: str) -> Tensor:
+    """Return a loss that can be differentiated. Raises `ConfigError` for anything else; `what` begins its sentence."""
+    if not isinstance(loss, Tensor) or loss.dim():
+        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ConfigError(f"{what} {found}, not a scalar: return the mean over the batch's items")
+    if not loss.requires_grad and torch.is_grad_enabled():
+        raise ConfigError(f"{what} a scalar that does not depend on any trainable parameter: nothing would be trained")
+    return loss

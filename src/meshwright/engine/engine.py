@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from meshwright import _torch
 from meshwright.engine import norm, state
-from meshwright.engine.batch import caller, plain, rows, split, to_device
+from meshwright.engine.batch import caller, plain, rows, scalar, split, to_device
 from meshwright.engine.ledger import Ledger
 from meshwright.engine.optimizer import BoundOptimizer, OptimizerFactory
 from meshwright.engine.precision import LossScale, autocast, dtype_contract, match_norm_inputs
@@ -255,7 +255,7 @@ class Engine:
     def _loss(self, output: Any, batch: Any) -> Tensor:
         if self._settings.loss_fn is None:
             raise ConfigError("this engine was made without loss_fn=: pass loss_fn=, or use engine(batch), engine.backward(loss)")
-        return _scalar(self._settings.loss_fn(output, batch), "loss_fn returned")
+        return scalar(self._settings.loss_fn(output, batch), "loss_fn returned")
 
     def _run(self, function: Callable[[], Any]) -> Any:
         """Run the model (and its loss) in the plan's precision, and under zero=3 inside the FSDP2 root."""
@@ -281,7 +281,8 @@ class Engine:
         count = int(self._settings.count_fn(batch))
         self._expect(count)
         self._uncounted = count + (self._uncounted or 0)
-        output = self._output_of(to_device(batch, self.ranks.device))
+        with self._shared_randomness():
+            output = self._output_of(to_device(batch, self.ranks.device))
         if count == 0:
             self._without_items += [tensor for tensor in _torch.tensors_of(output) if tensor.requires_grad]
         return output
@@ -296,7 +297,7 @@ class Engine:
         count, self._uncounted = self._uncounted, None
         self._begin(last=False, by_hand=True)
         if count:
-            self._add(_scalar(loss, "the loss is"), count)
+            self._add(scalar(loss, "the loss is"), count)
             self._differentiate(loss, count)
         elif self._applied.sharded:
             torch.autograd.backward(self._without_items, [torch.zeros_like(tensor) for tensor in self._without_items])
@@ -491,6 +492,10 @@ class Engine:
             for generator, before in zip(generators, states, strict=True):
                 generator.set_state(before)
 
+    def _shared_randomness(self) -> Any:
+        """Ranks of tp and cp compute one run together: they must draw the same. Others draw from the caller's generators."""
+        return nullcontext() if self._applied.partition is None else self._randomness()
+
     # Without gradients
 
     @torch.no_grad()
@@ -531,7 +536,8 @@ class Engine:
 
     def _without_backward(self, function: Callable[[Any], Any], batch: Any) -> Any:
         """Return a function of a batch, on the device."""
-        result = function(to_device(batch, self.ranks.device))
+        with self._shared_randomness():
+            result = function(to_device(batch, self.ranks.device))
         if self._applied.root is not None:
             # FSDP2 would keep the root gathered for a backward that never comes, and not notice an update or load in between.
             fsdp.reshard(self._applied.root)
@@ -592,12 +598,3 @@ class Engine:
 
         self._enter_call()
         return load(self, Path(path))
-
-
-def _scalar(loss: Any, what: str) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.dim():
-        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ConfigError(f"{what} {found}, not a scalar: return the mean over the batch's items")
-    if not loss.requires_grad and torch.is_grad_enabled():
-        raise ConfigError(f"{what} a scalar that does not depend on any trainable parameter: nothing would be trained")
-    return loss

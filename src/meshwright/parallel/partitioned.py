@@ -25,7 +25,7 @@ from meshwright.partition.partition import Pass, Policy
 from meshwright.partition.program import Program
 from meshwright.partition.sequence import follow_sequence
 from meshwright.partition.state import Axis
-from meshwright.partition.trace import Stale, Subject, Trace, trace
+from meshwright.partition.trace import Stale, Subject, Trace, is_opaque, plain_attributes, trace
 from meshwright.plan import Plan
 
 _KEPT = 64
@@ -64,13 +64,14 @@ class Partition:
         self.cuts = cuts.Cuts()
         self.copied: frozenset[str] = frozenset()
         self._programs: OrderedDict[Any, list[Program]] = OrderedDict()
+        self._plain: list[tuple[dict[str, Any], str, Any]] = []
 
     def choose(self, function: Function, example: Any) -> None:
         """Decide which parameters are cut and which get parts of gradients. Raises `PlanError` in one sentence."""
         found = self.traced(function, example)
         axis = self.axes.get("tp")
         if axis is not None:
-            self.cuts = cuts.choose(found, axis)
+            self.cuts = cuts.choose(found, axis, self._held(found))
         self._refuse_recurrence(found)
         passes = self._passes(found)
         if "cp" in self.axes and not passes[0].did_cut:
@@ -79,7 +80,12 @@ class Partition:
                 f"multiple of {self.plan.cp} (of {2 * self.plan.cp} for an even share of causal work), or cp=1"
             )
         if axis is not None:
-            self.copied = frozenset(passes[-1].wanted)
+            self.copied = frozenset(passes[-1].wanted) - self._held(found)
+
+    def _held(self, found: Trace) -> frozenset[str]:
+        """Parameters of modules that run as they are: whole, with whole gradients, wherever else they are used."""
+        inside = tuple(f"{op.func.path}." for op in found.ops if is_opaque(op))
+        return frozenset(name for entry in self.table for name in entry.names if any(n.startswith(inside) for n in entry.names))
 
     def _refuse_recurrence(self, found: Trace) -> None:
         if "cp" not in self.axes:
@@ -136,13 +142,19 @@ class Partition:
             entry.live.data = entry.cut.part(entry.live.data)
             entry.shape = entry.live.shape
 
+    def _settings(self) -> tuple[Any, ...]:
+        """What modules hold beside tensors: training or evaluation mode, a rate, a counter."""
+        if not self._plain:
+            self._plain = plain_attributes(self.module)
+        values = [home.get(name) for home, name, _ in self._plain]
+        return tuple(type(value) if isinstance(value, Tensor) else value for value in values)
+
     def run(self, kind: str, function: Function, batch: Any) -> Any:
         """Return `function(batch)`, computed by this rank's program for batches like this one; `kind` tells functions apart."""
         leaves, spec = _torch.tree_flatten(batch)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        modes = tuple(child.training for child in self.module.modules())
-        key = (kind, str(spec), shapes, modes, torch.is_grad_enabled())
+        key = (kind, str(spec), shapes, self._settings(), torch.is_grad_enabled())
         programs = self._programs.setdefault(key, [])
         self._programs.move_to_end(key)
         if len(self._programs) > _KEPT:
@@ -154,6 +166,7 @@ class Partition:
                 except Stale:
                     continue
         local = self.local(function, batch)
+        self._plain = plain_attributes(self.module)
         program = Program(local, self.module, self.units, tensors[0].device)
         programs.insert(0, program)
         del programs[8:]

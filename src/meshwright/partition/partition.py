@@ -20,6 +20,7 @@ from meshwright import _torch
 from meshwright.blueprint import costs
 from meshwright.blueprint.moves import Effect, Label, Place, spread
 from meshwright.blueprint.tape import RawOp, Ref, Tape, Value
+from meshwright.blueprint.trees import map_tensors
 from meshwright.partition import arguments
 from meshwright.partition.collectives import Collective, Copy, Gather, Reduce, ReduceScatter, Share, Take
 from meshwright.partition.state import COPIED, PARTIAL, WHOLE, Axis, State, cut
@@ -53,7 +54,7 @@ class Pass:
         self.tape = cast(Tape, self)  # `spread` reads `values` only
         self.graded = source.graded()
         self.sequence = dict(source.sequence)
-        self.result = Trace(calls=source.calls)
+        self.result = Trace(calls=source.calls, changes=source.changes)
         self.states: dict[int, State] = {}
         self.own: dict[int, int] = {}
         self.converted: dict[tuple[int, State], int] = {}
@@ -79,9 +80,7 @@ class Pass:
             if rule is None or not rule(self, op):
                 self.process(op)
         self.op = None
-        leaves, spec = _torch.tree_flatten(self.source.outputs)
-        ends = [Ref(self.get(leaf.number, WHOLE)) if isinstance(leaf, Ref) else leaf for leaf in leaves]
-        self.result.outputs = _torch.tree_unflatten(ends, spec)
+        self.result.outputs = map_tensors(self.source.outputs, lambda ref: Ref(self.get(ref.number, WHOLE)), Ref)
         return self.result
 
     def _begin(self) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from meshwright import _torch
 from meshwright.blueprint.tape import Ref
+from meshwright.blueprint.trees import map_tensors
 from meshwright.partition.arguments import writes
 from meshwright.partition.collectives import Collective
 from meshwright.partition.local import KeepSlice
@@ -33,7 +34,7 @@ class _Segment:
     takes: list[int] = field(default_factory=list)
     gives: list[int] = field(default_factory=list)
     names: list[tuple[nn.Module, str]] = field(default_factory=list)
-    held: list[Tensor] = field(default_factory=list)
+    held: list[tuple[int, Tensor]] = field(default_factory=list)
     code: Callable[..., tuple[Any, ...]] | None = None
 
 
@@ -46,6 +47,7 @@ class Program:
         self.recorded = any(op.grad for op in trace.ops)
         self.graded = trace.graded()
         outputs = trace.output_numbers()
+        self._rewritten = _rewritten(trace, model)
         guards = _reached(trace, [], lambda op: isinstance(op.func, Guard) and not set(op.inputs) & self.graded)
         checked = {id(op) for op in guards if isinstance(op.func, Guard)}
         kept = _reached(trace, outputs, lambda op: id(op) not in checked and _has_effect(op))
@@ -61,8 +63,9 @@ class Program:
         values = self._inputs(leaves)
         for segment in self.segments:
             self._run(segment, values)
-        ends, spec = _torch.tree_flatten(self.trace.outputs)
-        return _torch.tree_unflatten([values[leaf.number] if isinstance(leaf, Ref) else leaf for leaf in ends], spec)
+        for home, name, value in self.trace.changes:
+            home[name] = value
+        return map_tensors(self.trace.outputs, lambda ref: values[ref.number], Ref)
 
     def _check(self, leaves: list[Tensor]) -> None:
         """Look again at what Python saw. Nothing is changed by it: writes go to copies, and a draw that led elsewhere is undone."""
@@ -102,7 +105,8 @@ class Program:
         taken = [values[number] for number in segment.takes]
 
         def run(*tensors: Tensor) -> tuple[Any, ...]:
-            state = [*(_lookup(owner, name) for owner, name in segment.names), *segment.held]
+            held = [tensor.clone() if number in self._rewritten else tensor for number, tensor in segment.held]
+            state = [*(_lookup(owner, name) for owner, name in segment.names), *held]
             return code(*tensors, *(tensor.clone() for tensor in state)) if copied else code(*tensors, *state)
 
         if segment.call < 0:
@@ -151,7 +155,7 @@ class Program:
                 nodes[number] = graph.placeholder("p_" + name.replace(".", "_"))
         for number in state:
             if number in self.trace.constants:
-                segment.held.append(self.trace.constants[number].to(self.device))
+                segment.held.append((number, self.trace.constants[number].to(self.device)))
                 nodes[number] = graph.placeholder(f"c{number}")
         for op in segment.ops:
             self._write(graph, op, nodes)
@@ -202,6 +206,13 @@ def _lookup(owner: nn.Module, name: str) -> Tensor:
     tensor = owner._buffers[name] if found is None else found
     assert tensor is not None
     return tensor
+
+
+def _rewritten(trace: Trace, model: nn.Module) -> set[int]:
+    """Constants that are made anew in every run of the model's Python, and written to."""
+    written = {trace.values[op.inputs[0]].storage for op in trace.ops if op.inputs and writes(op.func)}
+    kept = {id(value) for module in model.modules() for value in vars(module).values()}
+    return {n for n, tensor in trace.constants.items() if trace.values[n].storage in written and id(tensor) not in kept}
 
 
 def _has_effect(op: TracedOp) -> bool:
