@@ -193,6 +193,19 @@ def _scale_some_features(x: Tensor) -> Tensor:
     return x
 
 
+@between()
+class AddsAWiderDtype(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gain = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrow = (x.detach() * 8).round().float()  # exact in both
+        narrow *= (self.gain.detach() * 8).round()
+        narrow += x.detach().round()
+        return self.layer(narrow.double() + x) if narrow.dtype == torch.float32 else x
+
+
 # Products
 
 
@@ -432,6 +445,32 @@ class ReturnsItsParameters(nn.Module):
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         return {"logits": self.model(tokens), "scale": self.scale, "weight": self.model.head.weight, "fixed": self.fixed}
+
+
+class Backwards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * 0.5
+
+
+class OwnFunctionBlock(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + Backwards.apply(x)
+
+
+@whole(_tokens(LENGTH, LENGTH))
+class HooksOnBlocks(Model):
+    """Hooks that change what goes into one block and comes out of another, which also has a backward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[0] = OwnFunctionBlock()
+        self.blocks[0].register_forward_hook(lambda module, given, made: made * 1.5)
+        self.blocks[1].register_forward_pre_hook(lambda module, given: (given[0] * 0.5,))
 
 
 CASES["plain"] = Odd(Model, _tokens(LENGTH, LENGTH), _tokens_loss)

@@ -29,3 +29,8 @@ def test_same_as_single_device(name: str, plan: str) -> None:
 @pytest.mark.parametrize("name", ["plain", "setfirst", "slots", "scaledproduct", "every_second"])
 def test_same_under_sequence_parallelism(name: str) -> None:
     assert not ranks.run(2, under, name, "tp=2 sp=on")[0]
+
+
+@pytest.mark.parametrize("name", ["hooksonblocks", "returnsitsparameters"])
+def test_same_with_parameters_sharded_too(name: str) -> None:
+    assert not ranks.run(4, under, name, "dp_shard=2 tp=2 zero=3")[0]

@@ -273,6 +273,8 @@ class Pass:
         if self._seen_before(op):
             return
         op = self._out_of_place(op)
+        if self._in_another_dtype(op):
+            return
         if self._stays_partial(op):
             args = self.local_args(op, dict.fromkeys(op.inputs, PARTIAL))
             self.emit(arguments.runnable(op.func), args, op.kwargs, [(op.outputs[0], PARTIAL)])
@@ -320,6 +322,27 @@ class Pass:
         changed = copy.copy(op)
         changed.func = functional
         return changed
+
+    def _in_another_dtype(self, op: TracedOp) -> bool:
+        """An op that was in place and keeps its target's dtype is followed by a cast: out of place it takes the wider one."""
+        if costs.base_name(op.func) not in ("add", "sub", "mul", "div", "pow") or len(op.outputs) != 1 or arguments.writes(op.func):
+            return False
+        wanted = self.values[op.outputs[0]].dtype
+        wide = wanted
+        for number in op.inputs:
+            if self.values[number].shape:
+                wide = torch.promote_types(wide, self.values[number].dtype)
+        if wide == wanted:
+            return False
+        made, cast_back = self.fresh(op.outputs[0]), copy.copy(op)
+        self.values[made] = replace(self.values[made], dtype=wide)
+        cast_back.func, cast_back.args, cast_back.kwargs = torch.ops.aten._to_copy.default, (Ref(made),), {"dtype": wanted}
+        cast_back.inputs = (made,)
+        op = copy.copy(op)
+        op.outputs = (made,)
+        self.process(op)
+        self.process(cast_back)
+        return True
 
     def _stays_partial(self, op: TracedOp) -> bool:
         partial = [n for n in op.inputs if self.states[n].kind == "partial"]

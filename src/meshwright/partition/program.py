@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor
 
 from meshwright import _torch
 from meshwright.blueprint.tape import Ref
 from meshwright.blueprint.trees import map_tensors
+from meshwright.errors import PlanError
 from meshwright.partition.arguments import writes
 from meshwright.partition.collectives import Collective
 from meshwright.partition.local import KeepSlice
@@ -43,7 +45,7 @@ class Program:
 
     def __init__(self, trace: Trace, model: nn.Module, units: frozenset[str], device: torch.device) -> None:
         """Generate the code; `units` are the modules inside whose calls their ops must run."""
-        self.trace, self.model, self.device = trace, model, device
+        self.trace, self.model, self.units, self.device = trace, model, units, device
         self.recorded = any(op.grad for op in trace.ops)
         self.graded = trace.graded()
         outputs = trace.output_numbers()
@@ -113,15 +115,8 @@ class Program:
             made = run(*taken)
         else:
             unit = self.model.get_submodule(self.trace.calls[segment.call].name)
-            before = unit.__dict__.get("forward")
-            unit.__dict__["forward"] = run
-            try:
-                made = unit(*taken)
-            finally:
-                if before is None:
-                    del unit.__dict__["forward"]
-                else:
-                    unit.__dict__["forward"] = before
+            with _torch.only_fsdp_hooks(unit):  # the others are in the trace
+                made = _in_place_of_forward(unit, run, taken)
         values.update(zip(segment.gives, made, strict=True))
 
     def _segments(self, ops: list[TracedOp], units: frozenset[str], outputs: list[int]) -> list[_Segment]:
@@ -151,6 +146,7 @@ class Program:
             name = self.trace.parameters.get(number) or self.trace.buffers.get(number)
             if name is not None:
                 owner, _, attribute = name.rpartition(".")
+                self._refuse_elsewhere(name, segment.call)
                 segment.names.append((self.model.get_submodule(owner), attribute))
                 nodes[number] = graph.placeholder("p_" + name.replace(".", "_"))
         for number in state:
@@ -161,6 +157,14 @@ class Program:
             self._write(graph, op, nodes)
         graph.output(tuple(nodes[number] for number in segment.gives))
         segment.code = fx.GraphModule(nn.Module(), graph)
+
+    def _refuse_elsewhere(self, name: str, call: int) -> None:
+        """Refuse the use of a parameter while the unit that gathers it is not running."""
+        unit = self.trace.calls[call].name if call >= 0 else ""
+        owner, _, attribute = name.rpartition(".")
+        tensor = self.model.get_submodule(owner)._parameters.get(attribute)
+        if isinstance(tensor, DTensor) and any(name.startswith(f"{u}.") and u != unit for u in self.units):
+            raise PlanError(f"{name} is used outside of its block, and zero=3 gathers it only while the block runs: use zero=2")
 
     def _write(self, graph: fx.Graph, op: TracedOp, nodes: dict[int, fx.Node]) -> None:
         def local(value: Any) -> Any:
@@ -179,6 +183,27 @@ class Program:
         else:
             for place, number in enumerate(op.outputs):
                 nodes[number] = graph.call_function(operator.getitem, (node, place))
+
+
+def _in_place_of_forward(unit: nn.Module, run: Callable[..., Any], taken: list[Tensor]) -> Any:
+    """Call a unit with another forward; once that runs the unit has its own again, for it may be called as it is inside."""
+    before = unit.__dict__.get("forward")
+
+    def restore() -> None:
+        if before is None:
+            unit.__dict__.pop("forward", None)
+        else:
+            unit.__dict__["forward"] = before
+
+    def forward(*tensors: Tensor) -> Any:
+        restore()
+        return run(*tensors)
+
+    unit.__dict__["forward"] = forward
+    try:
+        return unit(*taken)
+    finally:
+        restore()
 
 
 class _Unrecorded:

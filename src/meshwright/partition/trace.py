@@ -114,7 +114,8 @@ class Opaque:
         leaves = [next(filled) if isinstance(leaf, Ref) else leaf for leaf in self.leaves]
         args, kwargs = _torch.tree_unflatten(leaves, self.spec)
         try:
-            return tuple(_torch.tensors_of(self.module(*args, **kwargs)))
+            # Its own hooks are in the trace, as ops around it.
+            return tuple(_torch.tensors_of(self.module.forward(*args, **kwargs)))
         except RuntimeError as error:
             if "differentiated Tensors" not in str(error):
                 raise
