@@ -197,13 +197,12 @@ def _scale_some_features(x: Tensor) -> Tensor:
 class AddsAWiderDtype(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.gain = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.rand(WIDTH))
+        self.gain = nn.Parameter(torch.rand(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        narrow = (x.detach() * 8).round().float()  # exact in both
-        narrow *= (self.gain.detach() * 8).round()
-        narrow += x.detach().round()
-        return self.layer(narrow.double() + x) if narrow.dtype == torch.float32 else x
+        narrow = self.gain.detach().float()
+        narrow += self.gain.detach() / 3  # rounded to float32
+        return x * narrow.double() * self.gain
 
 
 # Products

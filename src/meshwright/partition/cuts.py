@@ -26,7 +26,10 @@ class Cuts:
 
 
 def choose(trace: Trace, axis: Axis, held: frozenset[str] = frozenset()) -> Cuts:
-    """Return the cuts for an axis; parameters `held` stay whole. Raises `PlanError` with the nearest degree that works if nothing, or attention, can't be cut."""
+    """Return the cuts for an axis; parameters `held` stay whole.
+
+    Raises `PlanError` with the nearest degree that works if nothing, or attention, can't be cut.
+    """
     whole = written_parameters(trace) | held
     regions = [region for region in find_regions(trace) if not whole & _names(region)]
     if not regions:
