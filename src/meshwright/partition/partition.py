@@ -320,7 +320,7 @@ class Pass:
         if functional is None:
             return op
         changed = copy.copy(op)
-        changed.func = functional
+        changed.func, changed.args = functional, (*op.args, *arguments.left_out(op))
         return changed
 
     def _in_another_dtype(self, op: TracedOp) -> bool:
