@@ -107,6 +107,21 @@ def fsdp_silenced(root: nn.Module) -> Iterator[None]:
             module._forward_pre_hooks, module._forward_hooks = before, after
 
 
+@contextmanager
+def only_fsdp_hooks(module: nn.Module) -> Iterator[None]:
+    """Call `module` with FSDP2's forward hooks and no others."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    module._forward_pre_hooks, module._forward_hooks = _only_fsdp(before), _only_fsdp(after)
+    try:
+        yield
+    finally:
+        module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def _only_fsdp(hooks: Any) -> Any:
+    return type(hooks)((key, hook) for key, hook in hooks.items() if "fsdp" in _home(hook))
+
+
 def _without_fsdp(hooks: Any) -> Any:
     return type(hooks)((key, hook) for key, hook in hooks.items() if "fsdp" not in _home(hook))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -192,6 +193,18 @@ def _scale_some_features(x: Tensor) -> Tensor:
     return x
 
 
+@between()
+class AddsAWiderDtype(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrow = self.gain.detach().float()
+        narrow += self.gain.detach() / 3  # rounded to float32
+        return x * narrow.double() * self.gain
+
+
 # Products
 
 
@@ -370,6 +383,54 @@ class CutStatistics(nn.Module):
         return self.layers(x)
 
 
+@between()
+def _hook_on_an_activation(x: Tensor) -> Tensor:
+    x = x * 1.0
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient * 0.5)
+    return x
+
+
+@between(LENGTH, LENGTH, LENGTH)
+class CountsInPython(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.also = 0, torch.zeros((), dtype=torch.double)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.also += 1
+        return x * self.calls + 0.1 * self.also
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    size: Tensor
+
+
+@whole(_tokens(LENGTH, LENGTH), lambda output, batch: _tokens_loss(output.logits, batch) + output.size)
+class ReturnsADataclass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Model()
+
+    def forward(self, tokens: Tensor) -> Output:
+        logits = self.model(tokens)
+        return Output(logits, logits.square().mean())
+
+
+@between()
+class FollowsItsOwnGradient(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(WIDTH, 32), nn.Tanh(), nn.Linear(32, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+        return x - slope
+
+
 def _returned_loss(output: Any, batch: Any) -> Tensor:
     return _tokens_loss(output["logits"] * output["scale"] * output["fixed"], batch) + 0.1 * output["weight"].square().sum()
 
@@ -383,6 +444,32 @@ class ReturnsItsParameters(nn.Module):
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         return {"logits": self.model(tokens), "scale": self.scale, "weight": self.model.head.weight, "fixed": self.fixed}
+
+
+class Backwards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * 0.5
+
+
+class OwnFunctionBlock(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + Backwards.apply(x)
+
+
+@whole(_tokens(LENGTH, LENGTH))
+class HooksOnBlocks(Model):
+    """Hooks that change what goes into one block and comes out of another, which also has a backward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[0] = OwnFunctionBlock()
+        self.blocks[0].register_forward_hook(lambda module, given, made: made * 1.5)
+        self.blocks[1].register_forward_pre_hook(lambda module, given: (given[0] * 0.5,))
 
 
 CASES["plain"] = Odd(Model, _tokens(LENGTH, LENGTH), _tokens_loss)

@@ -34,8 +34,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OwnBackward):
         name = str(error).removesuffix("Backward")
         return (
-            f"uses the autograd function {name}, whose backward is no op: call it inside a submodule, which then runs as it is, "
-            "or (for checkpoint) pass use_reentrant=False"
+            f"has a hand in the backward by {name}, which a trace of ops can't hold: call it inside a submodule, which then runs "
+            "as it is (checkpoint: pass use_reentrant=False)"
         )
     if isinstance(error, DataDependentOutputException | ReadsComputed):
         return (

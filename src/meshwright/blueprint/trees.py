@@ -39,16 +39,16 @@ def map_tensors(value: Any, change: Callable[[Any], Any], leaf: type | tuple[typ
     return value
 
 
-def tensors_in(*values: Any) -> list[torch.Tensor]:
-    """Every distinct tensor in `values`, in the order in which a walk meets them."""
-    found: dict[int, torch.Tensor] = {}
+def tensors_in(*values: Any, leaf: Any = torch.Tensor) -> list[Any]:
+    """Every distinct tensor (or `leaf`) in `values`, in the order in which a walk meets them."""
+    found: dict[int, Any] = {}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def note(tensor: Any) -> Any:
         found.setdefault(id(tensor), tensor)
         return tensor
 
     for value in values:
-        map_tensors(value, note)
+        map_tensors(value, note, leaf)
     return list(found.values())
 
 

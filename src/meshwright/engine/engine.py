@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -291,7 +291,8 @@ class Engine:
         count = int(self._settings.count_fn(batch))
         self._expect(count)
         self._uncounted = count + (self._uncounted or 0)
-        output = self._output_of(to_device(batch, self.ranks.device))
+        with self._shared_randomness():
+            output = self._output_of(to_device(batch, self.ranks.device))
         if count == 0:
             self._without_items += [tensor for tensor in _torch.tensors_of(output) if tensor.requires_grad]
         return output
@@ -498,6 +499,10 @@ class Engine:
         with seeded(self.ranks.device, *place):
             yield
 
+    def _shared_randomness(self) -> Any:
+        """Ranks of tp and cp compute one run together: they must draw the same. Others draw from the caller's generators."""
+        return nullcontext() if self._applied.partition is None else self._randomness()
+
     # Without gradients
 
     @torch.no_grad()
@@ -540,7 +545,8 @@ class Engine:
 
     def _without_backward(self, function: Callable[[Any], Any], batch: Any) -> Any:
         """Return a function of a batch, on the device."""
-        result = function(to_device(batch, self.ranks.device))
+        with self._shared_randomness():
+            result = function(to_device(batch, self.ranks.device))
         if self._applied.root is not None:
             # FSDP2 would keep the root gathered for a backward that never comes, and not notice an update or load in between.
             fsdp.reshard(self._applied.root)

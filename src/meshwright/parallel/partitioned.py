@@ -27,7 +27,7 @@ from meshwright.partition.partition import Pass, Policy
 from meshwright.partition.program import Program
 from meshwright.partition.sequence import follow_sequence
 from meshwright.partition.state import Axis
-from meshwright.partition.trace import Stale, Subject, Trace, trace
+from meshwright.partition.trace import Stale, Subject, Trace, is_opaque, plain_attributes, trace
 from meshwright.plan import Plan
 
 _KEPT = 64
@@ -66,6 +66,7 @@ class Partition:
         self.cuts = cuts.Cuts()
         self.copied: frozenset[str] = frozenset()
         self._programs: OrderedDict[Any, list[Program]] = OrderedDict()
+        self._plain: list[tuple[dict[str, Any], str, Any]] = []
 
     def choose(self, function: Function, example: Any) -> None:
         """Decide which parameters are cut and which get parts of gradients. Raises `PlanError` in one sentence.
@@ -76,7 +77,7 @@ class Partition:
         found = self.traced(function, example)
         axis = self.axes.get("tp")
         if axis is not None:
-            self.cuts = cuts.choose(found, axis)
+            self.cuts = cuts.choose(found, axis, self._held(found))
         self._refuse_recurrence(found)
         passes = self._passes(found)
         if "cp" in self.axes and not passes[0].did_cut:
@@ -85,7 +86,12 @@ class Partition:
                 f"multiple of {self.plan.cp} (of {2 * self.plan.cp} for an even share of causal work), or cp=1"
             )
         if axis is not None:
-            self.copied = frozenset(passes[-1].wanted)
+            self.copied = frozenset(passes[-1].wanted) - self._held(found)
+
+    def _held(self, found: Trace) -> frozenset[str]:
+        """Parameters of modules that run as they are: whole, with whole gradients, wherever else they are used."""
+        inside = tuple(f"{op.func.path}." for op in found.ops if is_opaque(op))
+        return frozenset(name for entry in self.table for name in entry.names if any(n.startswith(inside) for n in entry.names))
 
     def _refuse_recurrence(self, found: Trace) -> None:
         if "cp" not in self.axes:
@@ -161,11 +167,10 @@ class Partition:
         return replace(found, ops=[replace(op, func=arguments.runnable(op.func)) for op in found.ops])
 
     def key(self, batch: Any) -> tuple[Any, ...]:
-        """What a program depends on beside the batch's values: its structure and shapes, and the modules' modes."""
+        """What a program depends on beside the batch's values: its structure and shapes, and what modules hold."""
         leaves, spec = _torch.tree_flatten(batch)
         shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        modes = tuple(child.training for child in self.module.modules())
-        return str(spec), shapes, modes, torch.is_grad_enabled()
+        return str(spec), shapes, self._settings(), torch.is_grad_enabled()
 
     def apply(self, entries: list[Parameter]) -> None:
         """Cut the parameters: each keeps its object and name, and holds this rank's part."""
@@ -178,6 +183,13 @@ class Partition:
             entry.cut = Cut(axis, *found)
             entry.live.data = entry.cut.part(entry.live.data)
             entry.shape = entry.live.shape
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What modules hold beside tensors: training or evaluation mode, a rate, a counter."""
+        if not self._plain:
+            self._plain = plain_attributes(self.module)
+        values = [home.get(name) for home, name, _ in self._plain]
+        return tuple(type(value) if isinstance(value, Tensor) else value for value in values)
 
     def run(self, kind: str, function: Function, batch: Any) -> Any:
         """Return `function(batch)`, computed by this rank's program for batches like this one; `kind` tells functions apart."""
@@ -194,6 +206,7 @@ class Partition:
                 except Stale:
                     continue
         local = self.local(function, batch)
+        self._plain = plain_attributes(self.module)
         program = Program(local, self.module, self.units, tensors[0].device, self.bound())
         programs.insert(0, program)
         del programs[8:]

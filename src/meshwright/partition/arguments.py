@@ -45,6 +45,13 @@ def functional(func: Any) -> Any:
     return overload if overload is not None and not is_in_place(overload) else None
 
 
+def left_out(op: RawOp) -> tuple[Any, ...]:
+    """Arguments of an op that were not given, as its schema has them: the op in its place may have no default."""
+    rest = op.func._schema.arguments[len(op.args) :]
+    given = [a for a in rest if not a.kwarg_only and a.name not in op.kwargs]
+    return tuple(a.default_value for a in given if a.has_default_value())
+
+
 _FUNCTIONAL = {
     aten.bernoulli_.float: aten.bernoulli.p,
     aten.zero_.default: aten.zeros_like.default,

@@ -25,10 +25,13 @@ class Cuts:
     notes: list[str] = field(default_factory=list)
 
 
-def choose(trace: Trace, axis: Axis) -> Cuts:
-    """Return the cuts for an axis. Raises `PlanError` with the nearest degree that works if nothing, or attention, can't be cut."""
-    written = written_parameters(trace)
-    regions = [region for region in find_regions(trace) if not (written & _names(region) or _is_positions(trace, region))]
+def choose(trace: Trace, axis: Axis, held: frozenset[str] = frozenset()) -> Cuts:
+    """Return the cuts for an axis; parameters `held` stay whole.
+
+    Raises `PlanError` with the nearest degree that works if nothing, or attention, can't be cut.
+    """
+    whole = written_parameters(trace) | held
+    regions = [region for region in find_regions(trace) if not (whole & _names(region) or _is_positions(trace, region))]
     if not regions:
         raise PlanError(f"{axis.name}={axis.size}: no weight of this model can be split over ranks: leave {axis.name} out")
     found = Cuts()

@@ -20,6 +20,7 @@ from meshwright import _torch
 from meshwright.blueprint import costs
 from meshwright.blueprint.moves import Effect, Label, Place, spread
 from meshwright.blueprint.tape import RawOp, Ref, Tape, Value
+from meshwright.blueprint.trees import map_tensors
 from meshwright.partition import arguments
 from meshwright.partition.collectives import Collective, Copy, Gather, Reduce, ReduceScatter, Share, Take
 from meshwright.partition.state import COPIED, PARTIAL, WHOLE, Axis, State, cut
@@ -53,7 +54,7 @@ class Pass:
         self.tape = cast(Tape, self)  # `spread` reads `values` only
         self.graded = source.graded()
         self.sequence = dict(source.sequence)
-        self.result = Trace(calls=source.calls)
+        self.result = Trace(calls=source.calls, changes=source.changes)
         self.states: dict[int, State] = {}
         self.own: dict[int, int] = {}
         self.converted: dict[tuple[int, State], int] = {}
@@ -79,9 +80,7 @@ class Pass:
             if rule is None or not rule(self, op):
                 self.process(op)
         self.op = None
-        leaves, spec = _torch.tree_flatten(self.source.outputs)
-        ends = [Ref(self.get(leaf.number, WHOLE)) if isinstance(leaf, Ref) else leaf for leaf in leaves]
-        self.result.outputs = _torch.tree_unflatten(ends, spec)
+        self.result.outputs = map_tensors(self.source.outputs, lambda ref: Ref(self.get(ref.number, WHOLE)), Ref)
         return self.result
 
     def _begin(self) -> None:
@@ -274,6 +273,8 @@ class Pass:
         if self._seen_before(op):
             return
         op = self._out_of_place(op)
+        if self._in_another_dtype(op):
+            return
         if self._stays_partial(op):
             args = self.local_args(op, dict.fromkeys(op.inputs, PARTIAL))
             self.emit(arguments.runnable(op.func), args, op.kwargs, [(op.outputs[0], PARTIAL)])
@@ -319,8 +320,29 @@ class Pass:
         if functional is None:
             return op
         changed = copy.copy(op)
-        changed.func = functional
+        changed.func, changed.args = functional, (*op.args, *arguments.left_out(op))
         return changed
+
+    def _in_another_dtype(self, op: TracedOp) -> bool:
+        """An op that was in place and keeps its target's dtype is followed by a cast: out of place it takes the wider one."""
+        if costs.base_name(op.func) not in ("add", "sub", "mul", "div", "pow") or len(op.outputs) != 1 or arguments.writes(op.func):
+            return False
+        wanted = self.values[op.outputs[0]].dtype
+        wide = wanted
+        for number in op.inputs:
+            if self.values[number].shape:
+                wide = torch.promote_types(wide, self.values[number].dtype)
+        if wide == wanted:
+            return False
+        made, cast_back = self.fresh(op.outputs[0]), copy.copy(op)
+        self.values[made] = replace(self.values[made], dtype=wide)
+        cast_back.func, cast_back.args, cast_back.kwargs = torch.ops.aten._to_copy.default, (Ref(made),), {"dtype": wanted}
+        cast_back.inputs = (made,)
+        op = copy.copy(op)
+        op.outputs = (made,)
+        self.process(op)
+        self.process(cast_back)
+        return True
 
     def _stays_partial(self, op: TracedOp) -> bool:
         partial = [n for n in op.inputs if self.states[n].kind == "partial"]

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from meshwright import _torch
 from meshwright.blueprint.tape import Ref
+from meshwright.blueprint.trees import map_tensors
+from meshwright.errors import PlanError
 from meshwright.partition.arguments import writes
 from meshwright.partition.local import KeepSlice
 from meshwright.partition.trace import Guard, Stale, Trace, TracedOp, draws, is_opaque
@@ -33,7 +35,7 @@ class _Segment:
     takes: list[int] = field(default_factory=list)
     gives: list[int] = field(default_factory=list)
     names: list[tuple[nn.Module, str]] = field(default_factory=list)
-    held: list[Tensor] = field(default_factory=list)
+    held: list[tuple[int, Tensor]] = field(default_factory=list)
     code: Callable[..., tuple[Any, ...]] | None = None
 
 
@@ -46,10 +48,11 @@ class Program:
         """Generate the code; `units` are the modules inside whose calls their ops must run. `bound` gives the tensors to compute
         with for parameters by name; the module is asked for those that it does not hold.
         """
-        self.trace, self.model, self.device, self.bound = trace, model, device, bound or {}
+        self.trace, self.model, self.units, self.device, self.bound = trace, model, units, device, bound or {}
         self.recorded = any(op.grad for op in trace.ops)
         self.graded = trace.graded()
         outputs = trace.output_numbers()
+        self._rewritten = _rewritten(trace, model)
         guards = _reached(trace, [], lambda op: isinstance(op.func, Guard) and not set(op.inputs) & self.graded)
         checked = {id(op) for op in guards if isinstance(op.func, Guard)}
         kept = _reached(trace, outputs, lambda op: id(op) not in checked and _has_effect(op))
@@ -65,8 +68,9 @@ class Program:
         values = self._inputs(leaves)
         for segment in self.segments:
             self._run(segment, values)
-        ends, spec = _torch.tree_flatten(self.trace.outputs)
-        return _torch.tree_unflatten([values[leaf.number] if isinstance(leaf, Ref) else leaf for leaf in ends], spec)
+        for home, name, value in self.trace.changes:
+            home[name] = value
+        return map_tensors(self.trace.outputs, lambda ref: values[ref.number], Ref)
 
     def check(self, leaves: list[Tensor]) -> None:
         """Look again at what Python saw, and raise `Stale` if it differs.
@@ -99,22 +103,16 @@ class Program:
         taken = [values[number] for number in segment.takes]
 
         def run(*tensors: Tensor) -> tuple[Any, ...]:
-            state = [*(_lookup(owner, name) for owner, name in segment.names), *segment.held]
+            held = [tensor.clone() if number in self._rewritten else tensor for number, tensor in segment.held]
+            state = [*(_lookup(owner, name) for owner, name in segment.names), *held]
             return code(*tensors, *(tensor.clone() for tensor in state)) if copied else code(*tensors, *state)
 
         if segment.call < 0:
             made = run(*taken)
         else:
             unit = self.model.get_submodule(self.trace.calls[segment.call].name)
-            before = unit.__dict__.get("forward")
-            unit.__dict__["forward"] = run
-            try:
-                made = unit(*taken)
-            finally:
-                if before is None:
-                    del unit.__dict__["forward"]
-                else:
-                    unit.__dict__["forward"] = before
+            with _torch.only_fsdp_hooks(unit):  # the others are in the trace
+                made = _in_place_of_forward(unit, run, taken)
         values.update(zip(segment.gives, made, strict=True))
 
     def _segments(self, ops: list[TracedOp], units: frozenset[str], outputs: list[int]) -> list[_Segment]:
@@ -146,20 +144,29 @@ class Program:
                 continue
             if name:
                 owner, _, attribute = name.rpartition(".")
+                self._refuse_elsewhere(name, segment.call)
                 segment.names.append((self.model.get_submodule(owner), attribute))
                 nodes[number] = graph.placeholder("p_" + name.replace(".", "_"))
         for number in state:
             name = self.trace.parameters.get(number, "")
             if name in self.bound:
-                segment.held.append(self.bound[name])
+                segment.held.append((number, self.bound[name]))
                 nodes[number] = graph.placeholder("p_" + name.replace(".", "_"))
             elif number in self.trace.constants:
-                segment.held.append(self.trace.constants[number].to(self.device))
+                segment.held.append((number, self.trace.constants[number].to(self.device)))
                 nodes[number] = graph.placeholder(f"c{number}")
         for op in segment.ops:
             self._write(graph, op, nodes)
         graph.output(tuple(nodes[number] for number in segment.gives))
         segment.code = fx.GraphModule(nn.Module(), graph)
+
+    def _refuse_elsewhere(self, name: str, call: int) -> None:
+        """Refuse the use of a parameter while the unit that gathers it is not running."""
+        unit = self.trace.calls[call].name if call >= 0 else ""
+        owner, _, attribute = name.rpartition(".")
+        tensor = self.model.get_submodule(owner)._parameters.get(attribute)
+        if isinstance(tensor, DTensor) and any(name.startswith(f"{u}.") and u != unit for u in self.units):
+            raise PlanError(f"{name} is used outside of its block, and zero=3 gathers it only while the block runs: use zero=2")
 
     def _write(self, graph: fx.Graph, op: TracedOp, nodes: dict[int, fx.Node]) -> None:
         def local(value: Any) -> Any:
@@ -178,6 +185,27 @@ class Program:
         else:
             for place, number in enumerate(op.outputs):
                 nodes[number] = graph.call_function(operator.getitem, (node, place))
+
+
+def _in_place_of_forward(unit: nn.Module, run: Callable[..., Any], taken: list[Tensor]) -> Any:
+    """Call a unit with another forward; once that runs the unit has its own again, for it may be called as it is inside."""
+    before = unit.__dict__.get("forward")
+
+    def restore() -> None:
+        if before is None:
+            unit.__dict__.pop("forward", None)
+        else:
+            unit.__dict__["forward"] = before
+
+    def forward(*tensors: Tensor) -> Any:
+        restore()
+        return run(*tensors)
+
+    unit.__dict__["forward"] = forward
+    try:
+        return unit(*taken)
+    finally:
+        restore()
 
 
 class _Unrecorded:
@@ -205,6 +233,13 @@ def _lookup(owner: nn.Module, name: str) -> Tensor:
     tensor = owner._buffers[name] if found is None else found
     assert tensor is not None
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _rewritten(trace: Trace, model: nn.Module) -> set[int]:
+    """Constants that are made anew in every run of the model's Python, and written to."""
+    written = {trace.values[op.inputs[0]].storage for op in trace.ops if op.inputs and writes(op.func)}
+    kept = {id(value) for module in model.modules() for value in vars(module).values()}
+    return {n for n, tensor in trace.constants.items() if trace.values[n].storage in written and id(tensor) not in kept}
 
 
 def _has_effect(op: TracedOp) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from meshwright.blueprint.execute import LARGEST_REAL, Execution, operands
 from meshwright.blueprint.failures import OwnBackward, ReadsComputed, capture_error
 from meshwright.blueprint.moves import Label
 from meshwright.blueprint.tape import RawOp, Ref, Tape, Value
+from meshwright.blueprint.trees import map_tensors, tensors_in
 from meshwright.blueprint.walk import untouched
 from meshwright.errors import MeshwrightError, ModelError
 
@@ -57,7 +59,8 @@ class Trace:
     """Ops over numbered values. `outputs` is what the function returned, with `Ref`s for tensors.
 
     `parameters`, `buffers` and `inputs` map names (inputs: places in the batch's tensors) to values, `constants` values to
-    tensors that the model holds in other ways. `sequence` says which dim of a value runs along the sequence.
+    tensors that the model holds in other ways. `sequence` says which dim of a value runs along the sequence, `changes` what the
+    run sets on modules beside tensors (where it is kept, its name, its value).
     """
 
     ops: list[TracedOp] = field(default_factory=list)
@@ -69,10 +72,11 @@ class Trace:
     outputs: Any = None
     calls: list[Call] = field(default_factory=list)
     sequence: dict[int, tuple[int, Label]] = field(default_factory=dict)
+    changes: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
 
     def output_numbers(self) -> list[int]:
         """Numbers of the tensors that the function returned."""
-        return [leaf.number for leaf in _torch.leaves_of(self.outputs) if isinstance(leaf, Ref)]
+        return [leaf.number for leaf in tensors_in(self.outputs, leaf=Ref)]
 
     def graded(self) -> set[int]:
         """Values that a gradient flows through: floats that depend on a trainable parameter by recorded ops, and every name of a
@@ -110,7 +114,16 @@ class Opaque:
         filled = iter(tensors)
         leaves = [next(filled) if isinstance(leaf, Ref) else leaf for leaf in self.leaves]
         args, kwargs = _torch.tree_unflatten(leaves, self.spec)
-        return tuple(_torch.tensors_of(self.module(*args, **kwargs)))
+        try:
+            # Its own hooks are in the trace, as ops around it.
+            return tuple(_torch.tensors_of(self.module.forward(*args, **kwargs)))
+        except RuntimeError as error:
+            if "differentiated Tensors" not in str(error):
+                raise
+            raise ModelError(
+                f"module {self.path!r} differentiates what other modules have computed, which a trace of ops can't hold: compute "
+                "it inside the module, or use data parallelism and ZeRO only, which need no trace"
+            ) from error
 
 
 def is_opaque(op: RawOp) -> bool:
@@ -165,6 +178,8 @@ class _Tracer(Execution):
         self.paused = False
         self.kept: list[Any] = []  # tensors whose ids and storages must not come again
         self.real: dict[int, Tensor] = {}
+        self.before: dict[int, Tensor] = {}
+        self.attributes: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op and write it down."""
@@ -179,7 +194,9 @@ class _Tracer(Execution):
         by_values = name in _SIZED_BY_VALUES or (name == "index" and any(_is_mask(i) for i in args[1]))
         fixed = name == "bincount" and self._fixed_bins(args, kwargs)
         if taint & CHOSEN and not fixed and (by_values or name == "_local_scalar_dense"):
-            raise _DependsOnComputed(self._module(), ReadsComputed())
+            raise _DependsOnComputed(self.module(), ReadsComputed())
+        if _torch.is_in_place(func) and args and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
+            self._before_write(args[0], any(isinstance(t, FakeTensor) for t in operands(args, kwargs)))
         try:
             result = self.run(func, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -211,6 +228,23 @@ class _Tracer(Execution):
         least = int(args[2]) if len(args) > 2 else int(kwargs.get("minlength", 0))
         return not isinstance(args[0], FakeTensor) and args[0].numel() > 0 and int(args[0].max()) < least
 
+    def _before_write(self, tensor: Tensor, computed: bool) -> None:
+        """Keep the values of constants that share memory with what is about to be written to."""
+        home = _torch.storage_key(tensor)
+        for number, constant in self.real.items():
+            if number not in self.before and _torch.storage_key(constant) == home:
+                if computed:
+                    raise ModelError(
+                        f"module {self.module()!r} writes computed values into a tensor that is no buffer: "
+                        "register it with register_buffer, or make it with the dtype and device of its input (new_zeros)"
+                    )
+                self.before[number] = constant.clone()
+
+    def restore(self) -> None:
+        """Give constants that the trace has written to their values again."""
+        for number, values in self.before.items():
+            self.real[number].copy_(values)
+
     def number(self, tensor: Tensor) -> int:
         """The number of a tensor; one met for the first time is kept as a constant."""
         before = len(self.tape.values)
@@ -218,6 +252,8 @@ class _Tracer(Execution):
         if number == before:
             self.kept.append(tensor)
             self.real[number] = tensor
+            if id(tensor) in self.attributes:
+                self.taint[number] = BATCH  # it may change from call to call, as a batch does
         return number
 
     def declare(self, tensor: Tensor, role: str, name: str) -> int:
@@ -226,7 +262,7 @@ class _Tracer(Execution):
         return self.tape.declare(tensor, role, name)
 
     def _guard(self, numbers: tuple[int, ...], seen: Any, func: Any = None) -> None:
-        where = (self._module(), 0, 0, 0, 0, 0, None, False, False, self.call)
+        where = (self.module(), 0, 0, 0, 0, 0, None, False, False, self.call)
         self.ops.append(TracedOp(Guard(seen, func), tuple(map(Ref, numbers)), {}, numbers, (), *where))
 
     def seen(self, tensor: Tensor) -> None:
@@ -236,11 +272,12 @@ class _Tracer(Execution):
         number = self.number(tensor)
         taint = self.taint.get(number, 0)
         if taint & CHOSEN:
-            raise _DependsOnComputed(self._module(), ReadsComputed())
+            raise _DependsOnComputed(self.module(), ReadsComputed())
         if taint:
             self._guard((number,), tensor.tolist())
 
-    def _module(self) -> str:
+    def module(self) -> str:
+        """The path of the module that is running."""
         return self.modules[-1] if self.modules else ""
 
     def _write(self, func: Any, args: Any, kwargs: Any, result: Any) -> tuple[int, ...]:
@@ -260,7 +297,7 @@ class _Tracer(Execution):
         outputs = tuple(self.tape.made(tensor, place) for tensor in made)
         self.kept += made
         grad = torch.is_grad_enabled()
-        where = (self._module(), 0, 0, 0, 0, 0, None, False, grad, self.call)
+        where = (self.module(), 0, 0, 0, 0, 0, None, False, grad, self.call)
         self.ops.append(TracedOp(func, refs, named, tuple(numbers), outputs, *where))
         return outputs
 
@@ -312,12 +349,20 @@ class _HostReads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note a read, then do it."""
+        if func in _BACKWARDS and not self.tracer.paused:
+            raise _DependsOnComputed(self.tracer.module(), OwnBackward(_BACKWARDS[func]))
         if func in _READS and args and isinstance(args[0], Tensor):
             self.tracer.seen(args[0])
         return func(*args, **(kwargs or {}))
 
 
 _READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+_BACKWARDS = {
+    Tensor.register_hook: "Tensor.register_hook",
+    torch.autograd.grad: "torch.autograd.grad",
+    Tensor.backward: "Tensor.backward",
+}
+"""Ways to have a hand in the backward that are no ops: the module that does so runs as it is."""
 
 
 class _Called(nn.Module):
@@ -359,7 +404,9 @@ def trace(subject: Subject, function: Callable[[Any], Any], batch: Any) -> Trace
 def _attempt(subject: Subject, function: Callable[[Any], Any], batch: Any, opaque: frozenset[str]) -> Trace:
     leaves, spec = _torch.tree_flatten(batch)
     tracer = _Tracer([])
+    tracer.attributes = {id(value) for module in subject.model.modules() for value in vars(module).values()}
     found = Trace()
+    plain = plain_attributes(subject.model)
     state = _stand_ins(subject, tracer, found)
     changed = []
     for leaf in leaves:
@@ -383,15 +430,18 @@ def _attempt(subject: Subject, function: Callable[[Any], Any], batch: Any, opaqu
             named = {f"model.{name}": tensor for name, tensor in state.items()}
             arguments = (function, _torch.tree_unflatten(changed, spec))
             output = torch.func.functional_call(_Called(subject.model), named, arguments)
-            _write_back(found, tracer, state, named)
+            _write_back(found, state, named)
+            found.changes = _changes(subject.model, plain)
     except (_DependsOnComputed, MeshwrightError):
         raise
     except Exception as error:
         raise capture_error(error, tracer.modules[-1] if tracer.modules else "") from error
+    finally:
+        tracer.restore()
     return _finish(found, tracer, output)
 
 
-def _write_back(found: Trace, tracer: _Tracer, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+def _write_back(found: Trace, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     """What the model assigned to a buffer is written into it; one of another shape is a cache, and is made again each time."""
     with torch.no_grad():
         for name in found.buffers.values():
@@ -400,10 +450,27 @@ def _write_back(found: Trace, tracer: _Tracer, before: dict[str, Tensor], after:
                 old.copy_(new)
 
 
+def plain_attributes(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """Numbers, flags and names that modules hold, on which their Python may depend: (where it is kept, its name, its value)."""
+    return [
+        (vars(module), name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) in (bool, int, float, str, NoneType)
+    ]
+
+
+def _changes(model: nn.Module, before: list[tuple[dict[str, Any], str, Any]]) -> list[tuple[dict[str, Any], str, Any]]:
+    """What the run has set (a call counter, the length of a cache)."""
+    known = {(id(home), name): value for home, name, value in before}
+    return [(h, name, value) for h, name, value in plain_attributes(model) if known.get((id(h), name), _MISSING) != value]
+
+
+_MISSING = object()
+
+
 def _finish(found: Trace, tracer: _Tracer, output: Any) -> Trace:
-    ends, spec = _torch.tree_flatten(output)
-    refs = [Ref(_made_by_op(found, tracer, leaf)) if isinstance(leaf, Tensor) else leaf for leaf in ends]
-    found.outputs = _torch.tree_unflatten(refs, spec)
+    found.outputs = map_tensors(output, lambda tensor: Ref(_made_by_op(found, tracer, tensor)))
     found.ops, found.values = tracer.ops, tracer.tape.values
     for number, tensor in tracer.real.items():
         if isinstance(tensor, FakeTensor):
