@@ -135,7 +135,7 @@ def test_expert_parallelism_divides_experts() -> None:
         ("dp_shard=4", 32, "needs 4 ranks"),
         ("dp_shard=8 ep=2", 32, "has none"),
         ("pp=8 microbatches=4", 32, "the model has 4"),
-        ("dp_shard=4 pp=2 virtual=2 microbatches=4", 32, "virtual=2 needs schedule"),
+        ("dp_shard=4 pp=2 virtual=2 microbatches=4", 32, "virtual=2: schedule=1f1b has one stage on each rank"),
         ("dp_shard=8 sp=on", 32, "needs tp"),
     ],
 )

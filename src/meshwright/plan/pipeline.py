@@ -28,7 +28,7 @@ def owner(schedule: str, stages: int, chunk: int, rank: int) -> int:
 
 def check(schedule: str, stages: int, virtual: int, micro: int, layers: int) -> None:
     """Raise `PlanError` for a combination that the schedule can't run; the message names the nearest that it can."""
-    if virtual > 1 and schedule not in VIRTUAL:
+    if virtual > 1 and schedule not in (*VIRTUAL, *V_SHAPED):
         raise PlanError(f"virtual={virtual} needs schedule=interleaved or looped_bfs, not {schedule}")
     held = chunks(schedule, virtual)
     if stages * held > layers + 2:  # what runs before and after the blocks may be stages of its own

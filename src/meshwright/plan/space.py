@@ -99,7 +99,8 @@ class Space:
             ways = [{"schedule": "1f1b", "virtual": 1}]
         else:
             ways = [{"schedule": s, "virtual": 1} for s in SCHEDULES[:2] if pp <= layers]
-            ways += [{"schedule": s, "virtual": 1} for s in SCHEDULES[2:4] if 2 * pp <= layers and micro >= pp]
+            folded = [("zbv", pp), ("dualpipev", 2 * pp)]  # with the micro-batches that fill them
+            ways += [{"schedule": s, "virtual": 2} for s, least in folded if 2 * pp <= layers and micro >= least]
             if micro % pp == 0:
                 spread = [v for v in divisors(max(1, layers // pp)) if v > 1 and layers % (pp * v) == 0]
                 ways += [{"schedule": "interleaved", "virtual": v} for v in spread]
