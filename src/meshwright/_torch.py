@@ -23,9 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import UnsupportedOperatorException as UnsupportedOperatorException
 from torch.distributed.fsdp import FSDPModule
 
-# A mode that sees every call of a torch function or tensor method.
-from torch.overrides import TorchFunctionMode as FunctionMode  # noqa: F401
-
 # Nested containers of tensors; torch has no public name for them.
 from torch.utils import _pytree as pytree
 

@@ -14,6 +14,7 @@ import zoo
 from meshwright.checkpoint import latest, prune, step_folder
 
 PLANS = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "hsdp": 4, "zero3 precision=bf16": 2}
+PLANS |= {"tp": 2, "2d tp=2": 4, "tp=2 cp=2": 4}
 
 
 def _engine(plan: str, optimizer: str = "AdamW") -> mw.Engine:
@@ -23,7 +24,13 @@ def _engine(plan: str, optimizer: str = "AdamW") -> mw.Engine:
         return parity.adamw(params) if optimizer == "AdamW" else getattr(torch.optim, optimizer)(params, lr=0.01)
 
     return mw.parallelize(
-        zoo.build("gpt-tied"), plan, optimizer=build, loss_fn=case.loss, clip_grad_norm=0.5, lr_schedule=lambda s: 1 / (1 + s)
+        zoo.build("gpt-tied"),
+        plan,
+        optimizer=build,
+        loss_fn=case.loss,
+        clip_grad_norm=0.5,
+        lr_schedule=lambda s: 1 / (1 + s),
+        example_batch=case.batch(0, 8),
     )
 
 
@@ -47,10 +54,10 @@ def onward(plan: str, folder: str, optimizer: str = "AdamW") -> tuple[list[float
     return _steps(engine, 2, 4), engine.full_state_dict(), (extra, engine.steps)
 
 
-@pytest.mark.parametrize("before", ["single", "ddp", "zero2", "zero3", "hsdp"])
+@pytest.mark.parametrize("before", ["single", "ddp", "zero2", "zero3", "hsdp", "tp", "2d tp=2"])
 def test_any_plan_to_any_plan(before: str, tmp_path: Path) -> None:
     losses, weights = ranks.run(PLANS[before], through, before, str(tmp_path))[0]
-    for after in ("single", "ddp", "zero1", "zero3", "hsdp"):
+    for after in ("single", "ddp", "zero1", "zero3", "hsdp", "tp", "2d tp=2", "tp=2 cp=2"):
         found, resumed, (extra, steps) = ranks.run(PLANS[after], onward, after, str(tmp_path))[0]
         assert extra == {"position": 12}
         assert steps == 4

@@ -70,6 +70,7 @@ def measure(text: str) -> dict[str, Any]:
         text,
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
         loss_fn=lambda output, batch: (output**2).mean(),
+        example_batch=torch.ones(2, 192),
     )
     batch = torch.ones(engine.plan.microbatches, 192)
     at_update: list[int] = []
@@ -107,6 +108,12 @@ PLANS = [
     ("zero1 precision=bf16", 2),
     ("zero2 precision=bf16 microbatches=2", 2),
     ("zero3 precision=bf16", 2),
+    # Of what tensor parallelism leaves to each rank, the formulas hold as of the whole.
+    ("tp", 2),
+    ("dp_replicate=2 tp=2 precision=bf16", 4),
+    ("dp_shard=2 zero=1 tp=2", 4),
+    ("dp_shard=2 zero=2 tp=2 microbatches=2", 4),
+    ("dp_shard=2 zero=3 tp=2", 4),
 ]
 
 

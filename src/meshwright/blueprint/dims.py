@@ -216,8 +216,10 @@ def _along(at: Letterer) -> OpDims:
     source = at.op.inputs[0]
     letters = at.new(len(at.shape(source)))
     place = {"topk": 2, "sort": 1}.get(costs.base_name(at.op.func), 1)
-    value = at.arg(place, "dim", -1)
-    dim = int(value) % max(len(letters), 1) if isinstance(value, int) else 0
+    value = at.arg(place, "dim", None if costs.base_name(at.op.func) in ("argmax", "argmin") else -1)
+    if not isinstance(value, int):  # over all elements
+        return OpDims([(source, letters)], [(n, at.new(len(at.shape(n)))) for n in at.op.outputs], whole=set(letters))
+    dim = int(value) % max(len(letters), 1)
     outputs = []
     for number in at.op.outputs:
         own = list(letters) if len(at.shape(number)) == len(letters) else at.new(len(at.shape(number)))
@@ -225,6 +227,16 @@ def _along(at: Letterer) -> OpDims:
             own[dim] = at.new(1)[0]
         outputs.append((number, own))
     return OpDims([(source, letters)], outputs, whole={letters[dim]} if letters else set())
+
+
+def _moved(at: Letterer) -> OpDims:
+    """flip and roll: some dims are put in another order; a roll without dims reorders everything."""
+    source, result = at.op.inputs[0], at.op.outputs[0]
+    letters, places = at.new(len(at.shape(source))), at.new(len(at.shape(source)))
+    given = at.arg(1 if costs.base_name(at.op.func) == "flip" else 2, "dims", [])
+    dims = {int(dim) % max(len(letters), 1) for dim in given or range(len(letters))}
+    moved = [places[dim] if dim in dims else letter for dim, letter in enumerate(letters)]
+    return OpDims([(source, letters)], [(result, moved)], whole={x for dim in dims for x in (letters[dim], places[dim])})
 
 
 def _layer_norm(at: Letterer) -> OpDims:
@@ -259,11 +271,11 @@ def _group_norm(at: Letterer) -> OpDims:
 
 
 def _image(at: Letterer) -> OpDims:
-    """Pooling and resizing: items and channels are independent, the image is not."""
+    """Pooling and resizing: items and channels are independent, the image (the last two dims) is not."""
     source = at.op.inputs[0]
     letters = at.new(len(at.shape(source)))
-    outputs = [(n, [*letters[:2], *at.new(len(at.shape(n)) - 2)]) for n in at.op.outputs]
-    return OpDims([(source, letters)], outputs, whole=set(letters[2:]))
+    outputs = [(n, [*letters[:-2], *at.new(2)]) for n in at.op.outputs]
+    return OpDims([(source, letters)], outputs, whole=set(letters[-2:]))
 
 
 def _embedding(at: Letterer) -> OpDims:
@@ -315,9 +327,9 @@ def _gather(at: Letterer) -> OpDims:
     source, index = at.op.inputs[:2]
     dim = int(at.arg(1)) % max(len(at.shape(source)), 1)
     letters = at.new(len(at.shape(source)))
-    own = [x if a == b else NONE for x, a, b in zip(letters, at.shape(source), at.shape(index), strict=True)]
-    own[dim] = at.new(1)[0]
-    return OpDims([(source, letters), (index, own)], [(at.op.outputs[0], list(own))], whole={letters[dim], own[dim]})
+    own = [x if a == b else at.new(1)[0] for x, a, b in zip(letters, at.shape(source), at.shape(index), strict=True)]
+    own[dim] = at.new(1)[0]  # along this dim, and where the index is shorter, elements are picked by their place
+    return OpDims([(source, letters), (index, own)], [(at.op.outputs[0], list(own))], whole=set(letters) ^ set(own))
 
 
 def _permuted(at: Letterer) -> OpDims:
@@ -374,14 +386,19 @@ def _cut(at: Letterer) -> OpDims:
     tail = letters[len(letters) - len(at.shape(source)) :]
     sizes = at.shape(result)[len(letters) - len(tail) :]
     own = [x if a == b else at.new(1)[0] for x, a, b in zip(tail, at.shape(source), sizes, strict=True)]
-    return OpDims([(source, own)], [(result, letters)], whole=set(own) - set(letters))
+    if costs.base_name(at.op.func) == "constant_pad_nd":
+        pads = at.arg(1)  # pairs, from the last dim on: one element more here and one less there is a shift
+        for place in range(len(pads) // 2):
+            if any(pads[2 * place : 2 * place + 2]):
+                own[-1 - place] = at.new(1)[0]
+    return OpDims([(source, own)], [(result, letters)], whole=set(own) - set(tail))
 
 
 def _complex(at: Letterer) -> OpDims:
     """Pairs of numbers seen as complex ones, and back: the last dim of the real side has size two."""
     source, result = at.op.inputs[0], at.op.outputs[0]
     letters = at.new(max(len(at.shape(source)), len(at.shape(result))))
-    return OpDims([(source, letters[: len(at.shape(source))])], [(result, letters[: len(at.shape(result))])])
+    return OpDims([(source, letters[: len(at.shape(source))])], [(result, letters[: len(at.shape(result))])], whole={letters[-1]})
 
 
 def _nothing(at: Letterer) -> OpDims:
@@ -418,8 +435,6 @@ _ALONG = (
     "sort",
     "argmax",
     "argmin",
-    "flip",
-    "roll",
     "logcumsumexp",
 )
 _RULES: dict[str, Callable[[Letterer], OpDims | None]] = {
@@ -427,6 +442,7 @@ _RULES: dict[str, Callable[[Letterer], OpDims | None]] = {
     **dict.fromkeys(("bmm", "baddbmm"), _bmm),
     **dict.fromkeys(_SUMS, _reduced),
     **dict.fromkeys(_ALONG, _along),
+    **dict.fromkeys(("flip", "roll"), _moved),
     **dict.fromkeys(_IMAGES, _image),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _layer_norm),
     **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"), _channel_norm),

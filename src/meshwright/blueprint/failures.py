@@ -16,6 +16,14 @@ from meshwright._torch import (
 from meshwright.errors import ModelError
 
 
+class ReadsComputed(Exception):
+    """Python reads, or a size depends on, a value that was chosen among computed ones."""
+
+
+class OwnBackward(Exception):
+    """A tensor's backward is an autograd function of the user's, which only its module knows; named by its node."""
+
+
 def capture_error(error: BaseException, module: str) -> ModelError:
     """The `ModelError` for an exception raised while `module` (a path, empty for the root) ran on fake tensors."""
     place = f"module {module!r}" if module else "the model's root module"
@@ -23,7 +31,13 @@ def capture_error(error: BaseException, module: str) -> ModelError:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, DataDependentOutputException):
+    if isinstance(error, OwnBackward):
+        name = str(error).removesuffix("Backward")
+        return (
+            f"uses the autograd function {name}, whose backward is no op: call it inside a submodule, which then runs as it is, "
+            "or (for checkpoint) pass use_reentrant=False"
+        )
+    if isinstance(error, DataDependentOutputException | ReadsComputed):
         return (
             "reads the value of a computed tensor, which has none during a capture; "
             "compute it from shapes or integer inputs, or use torch.where in place of the branch"

@@ -8,6 +8,7 @@ label once per item. `spread` is given the labels on an op's tensors and answers
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -163,8 +164,9 @@ def _view(op: RawOp, tape: Tape, labels: dict[Place, Label]) -> Effect:
 def _through(label: Label, sizes: list[int], place: int, target: list[int]) -> tuple[int, Label] | None:
     """The label of one dim among `sizes`, read off after the same elements are divided into `target` sizes."""
     inner = math.prod(sizes[place + 1 :])
-    repeat = math.prod(sizes[:place]) * label.repeat
-    segments = [size * inner for size in label.segments]
+    alike = len(set(label.segments)) == 1  # equal segments in a row are one segment repeated
+    repeat = math.prod(sizes[:place]) * label.repeat * (len(label.segments) if alike else 1)
+    segments = [size * inner for size in (label.segments[:1] if alike else label.segments)]
     best: tuple[int, Label] | None = None
     for j, size in enumerate(target):
         before, after = math.prod(target[:j]), math.prod(target[j + 1 :])
@@ -192,7 +194,8 @@ def _split(op: RawOp, tape: Tape, labels: dict[Place, Label]) -> Effect:
     label = labels.get((source, dim))
     if label is None:
         if any((n, dim) in labels for n in op.outputs):
-            effect.labels.append(((source, dim), Label(1, parts)))
+            segments = [_segments(labels.get((n, dim)), part) for n, part in zip(op.outputs, parts, strict=True)]
+            effect.labels.append(((source, dim), Label(1, tuple(itertools.chain(*segments)))))
         return effect
     pieces = _pieces(label, parts)
     if pieces is None:
@@ -202,6 +205,11 @@ def _split(op: RawOp, tape: Tape, labels: dict[Place, Label]) -> Effect:
         return effect
     effect.labels += [((n, dim), piece) for n, piece in zip(op.outputs, pieces, strict=True) if (n, dim) not in labels]
     return effect
+
+
+def _segments(label: Label | None, size: int) -> tuple[int, ...]:
+    """The segments of one part of a dim, as segments of the whole."""
+    return (size,) if label is None or label.repeat > 16 else label.segments * label.repeat
 
 
 def _pieces(label: Label, parts: tuple[int, ...]) -> list[Label] | None:

@@ -10,6 +10,7 @@ their backward.
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -307,6 +308,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     tensor.
     """
     before = [(module, dict(vars(module))) for module in model.modules()]
+    held = [(value, value.copy()) for _, attributes in before for value in attributes.values() if type(value) in _CONTAINERS]
     try:
         yield
     finally:
@@ -317,6 +319,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for name, value in attributes.items():
                 if now.get(name) is not value:
                     now[name] = value
+        for container, content in held:  # also what torch keeps buffers in
+            if isinstance(container, list):
+                container[:] = content
+            elif len(container) != len(content) or any(container.get(key) is not value for key, value in content.items()):
+                container.clear()
+                container.update(content)
+
+
+_CONTAINERS = (dict, OrderedDict, list)
 
 
 class _StandIn:

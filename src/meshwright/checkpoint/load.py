@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from meshwright.checkpoint.folders import STATE
-from meshwright.checkpoint.tensors import empty_optimizer_states, model_shapes, model_tensors
+from meshwright.checkpoint.tensors import Recut, empty_optimizer_states, model_shapes, model_tensors
 from meshwright.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,16 +26,18 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     its tensors turn out to be damaged while they are read.
     """
     state, reader, saved = _read(path)
-    tensors = model_tensors(engine)
+    recut = Recut(engine)
+    tensors = model_tensors(engine, recut)
     _compare(path, model_shapes(engine), {n: s for n, (s, _) in saved.items()})
     with_optimizer = engine.bound is not None and state["optimizer"]["class"] is not None
     if with_optimizer:
         _compare_groups(engine, path, state["optimizer"])
-        tensors |= empty_optimizer_states(engine, saved, state["optimizer"]["numbers"])
+        tensors |= empty_optimizer_states(engine, saved, state["optimizer"]["numbers"], recut)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # torch warns that a single process loads alone
             dcp.load(tensors, storage_reader=reader, no_dist=engine.ranks.mesh is None)
+            recut.put_back()
     except (OSError, RuntimeError, ValueError, dcp.CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(f"{path} is damaged, and this engine's state is now undefined: {reason}") from error

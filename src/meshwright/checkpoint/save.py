@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from meshwright.checkpoint.folders import STATE
-from meshwright.checkpoint.tensors import model_tensors, optimizer_tensors
+from meshwright.checkpoint.tensors import Recut, model_tensors, optimizer_tensors
 from meshwright.errors import CheckpointError
 
 _NUMBERS = "numbers"
@@ -62,8 +62,9 @@ def save(engine: Engine, path: Path, extra: dict[str, Any]) -> None:
 
 def _contents(engine: Engine, extra: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors, and everything else as JSON values. Raises `TypeError` for what JSON can't hold."""
-    tensors, numbers = optimizer_tensors(engine)
-    tensors |= model_tensors(engine, to_save=True)
+    recut = Recut(engine)
+    tensors, numbers = optimizer_tensors(engine, recut)
+    tensors |= model_tensors(engine, recut, to_save=True)
     scale = engine.loss_scale
     groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups] if engine.bound else []
     state = {

@@ -1,7 +1,8 @@
 """The tensors of a checkpoint under logical names: one shape whatever the plan, so that any plan can load any other's.
 
 `model.NAME` for parameters (one of its names, in full precision) and persistent buffers; `optimizer.NAME.STATE` for optimizer
-states of the parameter's shape. Sharded tensors appear as DTensors over `dp_shard`.
+states of the parameter's shape. Sharded tensors appear as DTensors over `dp_shard`; those that tensor parallelism cuts (in segments
+that no DTensor describes, perhaps) are dealt out anew by whole rows over `tp`.
 """
 
 from __future__ import annotations
@@ -10,16 +11,45 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from meshwright.engine.optimizer import as_dtensor
-from meshwright.parallel.parameters import Parameter
+from meshwright.engine.state import gather_rows
+from meshwright.parallel.parameters import Parameter, shard_rows
 
 if TYPE_CHECKING:
     from meshwright.engine.engine import Engine
 
 
-def model_tensors(engine: Engine, to_save: bool = False) -> dict[str, Tensor]:
-    """Return this rank's parameters and persistent buffers; loading into the returned tensors changes the engine's own.
+class Recut:
+    """Tensors of cut parameters as rows over `tp`: copies, to be put back after they have been loaded into."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._pending: list[tuple[Parameter, Tensor, DTensor]] = []
+
+    def rows(self, entry: Parameter, local: Tensor) -> Tensor:
+        """Return this rank's rows of the whole tensor of which it holds `local`; every rank must call it."""
+        whole = gather_rows(entry, local, self.engine.ranks)
+        if not whole.dim():
+            return whole
+        ranks = self.engine.ranks
+        assert ranks.mesh is not None
+        mesh = ranks.mesh["tp"]
+        mine = whole.narrow(0, *shard_rows(whole.shape[0], mesh.size(), ranks.tp_rank)).clone()
+        made = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+        self._pending.append((entry, local, made))
+        return made
+
+    def put_back(self) -> None:
+        """Copy what was loaded to this rank's parts; every rank must call it."""
+        for entry, local, made in self._pending:
+            local.copy_(entry.local(made.full_tensor()))
+
+
+def model_tensors(engine: Engine, recut: Recut, to_save: bool = False) -> dict[str, Tensor]:
+    """Return this rank's parameters and persistent buffers; loading into the returned tensors, and then `recut.put_back()`, changes
+    the engine's own.
 
     `to_save`: those that this pipeline rank speaks for, so that what several hold is written by one.
     """
@@ -29,7 +59,7 @@ def model_tensors(engine: Engine, to_save: bool = False) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for entry in engine.table:
         if entry.here and not (to_save and entry.homes[0] != mine):
-            tensors[f"model.{entry.name}"] = _logical(engine, entry, entry.master.detach())
+            tensors[f"model.{entry.name}"] = _logical(engine, entry, entry.master.detach(), recut)
     for name, value in engine.module.state_dict(keep_vars=True).items():
         if name not in names and isinstance(value, Tensor) and not (to_save and homes.get(name, 0) != mine):
             tensors[f"model.{name}"] = value.detach()
@@ -46,11 +76,13 @@ def model_shapes(engine: Engine) -> dict[str, torch.Size]:
     return shapes
 
 
-def _logical(engine: Engine, entry: Parameter, local: Tensor) -> Tensor:
+def _logical(engine: Engine, entry: Parameter, local: Tensor, recut: Recut) -> Tensor:
+    if entry.cut is not None:
+        return recut.rows(entry, local)
     return as_dtensor(local, entry, engine.ranks) if entry.sharded else local
 
 
-def optimizer_tensors(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_tensors(engine: Engine, recut: Recut) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return this rank's optimizer states: tensors by `optimizer.NAME.STATE`, and plain numbers by the same names."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -61,20 +93,25 @@ def optimizer_tensors(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Any]
         for key, value in state.items():
             name = f"optimizer.{entry.name}.{key}"
             if isinstance(value, Tensor):
-                tensors[name] = _logical(engine, entry, value) if _by_rows(engine, entry, value.shape) else value
+                tensors[name] = _logical(engine, entry, value, recut) if _in_parts(engine, entry, value.shape) else value
             else:
                 numbers[name] = value
     return tensors, numbers
 
 
-def _by_rows(engine: Engine, entry: Parameter, shape: torch.Size) -> bool:
-    """Return whether a state of this (local) shape holds this rank's rows, rather than something whole."""
+def _in_parts(engine: Engine, entry: Parameter, shape: torch.Size) -> bool:
+    """Return whether a state of this (local) shape holds this rank's part, rather than something whole."""
     assert engine.bound is not None
-    return entry.sharded and not engine.bound.whole(entry) and len(shape) > 0 and shape == entry.master.detach().shape
+    return (
+        (entry.sharded or entry.cut is not None)
+        and not engine.bound.whole(entry)
+        and len(shape) > 0
+        and shape == entry.master.detach().shape
+    )
 
 
 def empty_optimizer_states(
-    engine: Engine, saved: dict[str, tuple[torch.Size, torch.dtype]], numbers: dict[str, Any]
+    engine: Engine, saved: dict[str, tuple[torch.Size, torch.dtype]], numbers: dict[str, Any], recut: Recut
 ) -> dict[str, Tensor]:
     """Give this rank's optimizer a state for each saved one that it needs; return the tensors by name, ready to be loaded into.
 
@@ -98,9 +135,9 @@ def empty_optimizer_states(
                 state[key] = numbers[name]
                 continue
             shape, dtype = saved[name]
-            if entry.sharded and not engine.bound.whole(entry) and shape == entry.shape:
+            if (entry.sharded or entry.cut) and not engine.bound.whole(entry) and shape == entry.whole and shape:
                 state[key] = torch.zeros_like(entry.master.detach(), dtype=dtype)
-                tensors[name] = _logical(engine, entry, state[key])
+                tensors[name] = _logical(engine, entry, state[key], recut)
             else:
                 state[key] = tensors[name] = torch.zeros(shape, dtype=dtype, device=_device_of(engine, entry, shape))
     return tensors

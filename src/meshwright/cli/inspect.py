@@ -7,6 +7,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
+from meshwright.cli.layout import show_layout
 from meshwright.cli.schedule import show_schedule
 from meshwright.errors import ConfigError
 
@@ -24,7 +25,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="M", help="preset, gpt:..., llama:..., config.json, or package.module:callable")
     source.add_argument("--load", metavar="FILE", help="show a blueprint that was saved")
-    parser.add_argument("--plan", metavar="P", help="without --model: draw the pipeline schedule of this plan")
+    parser.add_argument(
+        "--plan",
+        metavar="P",
+        help="what a plan does to the model: cuts and collectives; without --model: the pipeline schedule, drawn",
+    )
     parser.add_argument("--svg", metavar="FILE", help="with --plan: write the drawing to a file too")
     parser.add_argument("--seq", type=int, metavar="S", help="sequence length (default: the model's)")
     parser.add_argument("--items", type=int, default=1, metavar="B", help="micro-batch to show amounts for (default 1)")
@@ -46,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
         return show_schedule(arguments.plan, getattr(arguments, "json", False), arguments.svg)
     if arguments.items < 1:
         raise ConfigError(f"--items {arguments.items} must be at least 1")
+    if arguments.plan and arguments.model:
+        return show_layout(arguments.model, arguments.plan, arguments.seq, arguments.items, getattr(arguments, "json", False))
     import torch
 
     from meshwright.blueprint.compare import differences

@@ -278,7 +278,8 @@ class Engine:
         if not torch.is_grad_enabled():
             return self._without_backward(self._output_of, batch)
         refuse_output(self.plan)
-        if self._applied.buckets is not None and self._applied.buckets.reduced:
+        buckets = self._applied.buckets
+        if (buckets is not None and buckets.reduced) or any(entry.summed is not None for entry in self.table):
             raise ConfigError("full_gradients() has summed this step's gradients over the ranks: call optimizer_step() before more")
         if not self._by_hand:
             self._clear()
@@ -467,7 +468,7 @@ class Engine:
         if self._applied.buckets is not None:
             self._applied.buckets.clear()
         for entry in self.table:
-            entry.live.grad = entry.gradient = None
+            entry.live.grad = entry.gradient = entry.summed = None
             entry.used = False
             if entry.gathered is not None:
                 entry.gathered.grad = None

@@ -83,20 +83,13 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     if ranks.world_size > 1 or compute_dtype is not None:
         for entry in table:
             _make_plain(entry)
-    partition, pipeline = None, None
-    if axes(plan) or plan.pp > 1:
-        partition = Partition(module, table, plan, ranks, compute_dtype)
-        partition.choose(reading.function(module), reading.example)
-        if plan.pp > 1:
-            pipeline = Pipeline(partition, plan, ranks)
-            pipeline.choose(reading.function(module), reading.example)
-            open_homes(ranks, plan, [entry.homes for entry in table if len(entry.homes) > 1])
-        partition.apply(table)
-    if pipeline is not None:
-        pipeline.drop_others(module, table, compute_dtype)
+    partition, pipeline = _divide(module, table, plan, ranks, reading, compute_dtype)
     root: fsdp.Root | None = None
     sharded: list[Parameter] = []
     if plan.dp_shard > 1 and plan.zero == 3 and pipeline is None:
+        if partition is not None:
+            partition.as_dtensors(fsdp.shardable(table), ranks)
+            rebind(module, table)
         root, sharded = fsdp.shard(module, block_names(module), table, ranks, compute_dtype)
         if partition is not None:
             partition.gathered_in(fsdp.unit_names(root), sharded)
@@ -111,14 +104,45 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
         fsdp.bind(root, sharded)
     left = [entry for entry in table if entry.here and entry.shape.numel() and not any(entry is taken for taken in sharded)]
     buckets = None
+    sleeps = pipeline is not None and plan.dp_shard > 1 and plan.zero == 3
     if ranks.group("data") is not None or compute_dtype is not None:
         stage = 0 if plan.dp_shard == 1 else min(plan.zero, 2)
-        sleeps = pipeline is not None and plan.dp_shard > 1 and plan.zero == 3
         buckets = Buckets(left, ranks, stage, compute_dtype, sleeps) if any(entry.trainable for entry in left) else None
+    if partition is not None and not sleeps:
+        partition.as_dtensors(left, ranks)
     forward: Callable[..., object] = module
     if plan.data_parallel and torch.cuda.device_count() > 1:
         forward = nn.DataParallel(module)
     return Applied(module, forward, table, sharded, root, buckets, _batch_norm_statistics(module, ranks), partition, pipeline)
+
+
+def _divide(
+    module: nn.Module, table: list[Parameter], plan: Plan, ranks: Ranks, reading: Reading, compute_dtype: torch.dtype | None
+) -> tuple[Partition | None, Pipeline | None]:
+    """Cut the ops over `tp` and `cp` and the model over `pp`; what belongs to other ranks is let go of."""
+    if not axes(plan) and plan.pp == 1:
+        return None, None
+    example = _rank_zeros(reading.example, ranks)
+    partition = Partition(module, table, plan, ranks, compute_dtype)
+    partition.choose(reading.function(module), example)
+    if plan.pp == 1:
+        partition.apply(table)
+        return partition, None
+    pipeline = Pipeline(partition, plan, ranks)
+    pipeline.choose(reading.function(module), example)
+    open_homes(ranks, plan, [entry.homes for entry in table if len(entry.homes) > 1])
+    partition.apply(table)
+    pipeline.drop_others(module, table, compute_dtype)
+    return partition, pipeline
+
+
+def _rank_zeros(example: Any, ranks: Ranks) -> Any:
+    """Return rank 0's example on every rank: what is read off it must come out the same everywhere."""
+    if ranks.mesh is None:
+        return example
+    held = [tree_map_tensors(lambda tensor: tensor.cpu(), example) if ranks.rank == 0 else None]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
 
 
 def _make_plain(entry: Parameter) -> None:

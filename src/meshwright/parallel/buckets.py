@@ -341,7 +341,7 @@ class Buckets:
         for bucket in reversed(self.buckets):
             for entry in bucket.entries:
                 if entry.master.dtype != entry.live.dtype or (id(entry) in self._storage and self.sleeps):  # else they share memory
-                    entry.local(entry.live.detach()).copy_(entry.master.detach())
+                    entry.own_rows(entry.live.detach()).copy_(entry.master.detach())
             if not any(id(entry) in self._storage for entry in bucket.entries):
                 continue
             flying.append(self._gather(bucket))

@@ -60,8 +60,9 @@ def shard(
 ) -> tuple[Root, list[Parameter]]:
     """Shard `module` in place, one FSDP2 unit per name in `units` and one for the rest; return the root and the entries taken.
 
-    Their `live` becomes a DTensor sharded on dim 0 (of this rank's part, where tensor parallelism has cut it). A unit that shares a parameter with the world outside it is
-    left to the root, since FSDP2 lets only one unit own a parameter. Every rank must call it.
+    Their `live` becomes a DTensor sharded on dim 0 (of this rank's part, where tensor parallelism has cut it). A unit that shares
+    a parameter with the world outside it is left to the root, since FSDP2 lets only one unit own a parameter. Every rank must call
+    it.
     """
     assert ranks.mesh is not None
     taken = shardable(table)

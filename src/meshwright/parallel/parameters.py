@@ -49,7 +49,7 @@ class Parameter:
     `rows` is (first, count) of this rank's rows where the master is sharded on dim 0 over `dp_shard`, else None.
     `gradient` is the reduced gradient of the master's shape, between the backward and the update; `used` says whether a
     backward of the step reached the parameter, on this rank while it runs, on any rank once it is reduced. `gathered` is FSDP2's
-    whole tensor, whose memory comes and goes.
+    whole tensor, whose memory comes and goes; `summed` is the gradient once the parts of the step have been summed.
     """
 
     names: tuple[str, ...]
@@ -60,7 +60,7 @@ class Parameter:
     dtype: torch.dtype
     trainable: bool
     rows: tuple[int, int] | None = None
-    whole: torch.Size = torch.Size()
+    whole: torch.Size = field(default_factory=torch.Size)
     cut: Cut | None = None
     in_parts: bool = False
     homes: tuple[int, ...] = (0,)
@@ -68,6 +68,7 @@ class Parameter:
     gradient: Tensor | None = field(default=None, repr=False)
     used: bool = field(default=False, repr=False)
     gathered: Tensor | None = field(default=None, repr=False)
+    summed: Tensor | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -102,7 +103,7 @@ def collect(module: nn.Module) -> list[Parameter]:
         _, first = entries[0]
         for name, parameter in entries:
             if parameter is not first:
-                _assign(module, name, first)
+                assign(module, name, first)
         trainable = any(parameter.requires_grad for _, parameter in entries)
         first.requires_grad_(trainable)
         names = tuple(name for name, _ in entries)
@@ -114,7 +115,7 @@ def replace_live(module: nn.Module, entry: Parameter, parameter: nn.Parameter) -
     """Put another tensor in the place of a parameter, under all its names."""
     entry.live = entry.master = parameter
     for name in entry.names:
-        _assign(module, name, parameter)
+        assign(module, name, parameter)
 
 
 def rebind(module: nn.Module, table: list[Parameter]) -> None:
@@ -124,10 +125,11 @@ def rebind(module: nn.Module, table: list[Parameter]) -> None:
         entry.live = entry.master = current[entry.name]
         for name in entry.names[1:]:
             if current[name] is not entry.live:
-                _assign(module, name, entry.live)
+                assign(module, name, entry.live)
 
 
-def _assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Make `parameter` the one that `module` holds under `name`."""
     owner, _, attribute = name.rpartition(".")
     setattr(module.get_submodule(owner), attribute, parameter)
 

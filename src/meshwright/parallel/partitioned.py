@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from meshwright import _torch
 from meshwright.blueprint.blocks import block_names
 from meshwright.errors import ConfigError, ModelError, PlanError
-from meshwright.parallel.parameters import Cut, Parameter
+from meshwright.parallel.parameters import Cut, Parameter, assign
 from meshwright.parallel.ranks import Ranks
 from meshwright.partition import arguments, cuts
 from meshwright.partition.partition import Pass, Policy
@@ -67,7 +68,11 @@ class Partition:
         self._programs: OrderedDict[Any, list[Program]] = OrderedDict()
 
     def choose(self, function: Function, example: Any) -> None:
-        """Decide which parameters are cut and which get parts of gradients. Raises `PlanError` in one sentence."""
+        """Decide which parameters are cut and which get parts of gradients. Raises `PlanError` in one sentence.
+
+        An example of one row is read as one of two: a dim of size one takes paths that others don't.
+        """
+        example = _torch.tree_map_tensors(lambda t: torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t, example)
         found = self.traced(function, example)
         axis = self.axes.get("tp")
         if axis is not None:
@@ -95,6 +100,29 @@ class Partition:
     def gathered_in(self, units: list[str], sharded: list[Parameter]) -> None:
         """Parameters of these modules are whole only while the module is called (FSDP2), and then in the compute dtype."""
         self.units, self._sharded = frozenset(units), frozenset(map(id, sharded))
+
+    def bound(self) -> dict[str, Tensor]:
+        """What programs compute with in the place of parameters, by name; FSDP2's are looked up when they have been gathered."""
+        return {name: entry.live for entry in self.table if id(entry) not in self._sharded for name in entry.names}
+
+    def as_dtensors(self, entries: list[Parameter], ranks: Ranks) -> None:
+        """Put DTensors of true shape in the module, in the place of those parts that a DTensor can describe; they share memory.
+
+        Parts in several segments, and uneven ones, stay plain tensors: a DTensor would join them in another order.
+        """
+        for entry in entries:
+            cut = entry.cut
+            if cut is None or isinstance(entry.live, DTensor) or cut.label.repeat > 1 or len(cut.label.segments) > 1:
+                continue
+            if not cut.axis.divides(cut.label):
+                continue
+            assert ranks.mesh is not None
+            stride = torch.empty(entry.whole, device="meta").stride()
+            local = entry.live.detach()
+            shown = DTensor.from_local(local, ranks.mesh["tp"], [Shard(cut.dim)], run_check=False, shape=entry.whole, stride=stride)
+            parameter = nn.Parameter(shown, requires_grad=entry.trainable)
+            for name in entry.names:
+                assign(self.module, name, parameter)
 
     def _dtype(self, entry: Parameter) -> torch.dtype:
         cast = self._compute_dtype is not None and entry.dtype.is_floating_point and id(entry) in self._sharded
@@ -166,7 +194,7 @@ class Partition:
                 except Stale:
                     continue
         local = self.local(function, batch)
-        program = Program(local, self.module, self.units, tensors[0].device)
+        program = Program(local, self.module, self.units, tensors[0].device, self.bound())
         programs.insert(0, program)
         del programs[8:]
         with _torch.without_autocast():
@@ -180,19 +208,22 @@ class Partition:
 
 
 def sum_parts(table: list[Parameter], ranks: Ranks) -> None:
-    """Sum the gradients that are parts over the tensor-parallel ranks: one all-reduce for all of a dtype."""
+    """Sum the gradients that are parts over the tensor-parallel ranks, once a step: one all-reduce for all of a dtype."""
     group = ranks.group("tp")
     if group is None:
         return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    by_dtype: dict[torch.dtype, list[Parameter]] = {}
     for entry in table:
-        if entry.in_parts and entry.gradient is not None and entry.gradient.numel():
-            by_dtype.setdefault(entry.gradient.dtype, []).append(entry.gradient)
-    for gradients in by_dtype.values():
+        if entry.summed is not None:
+            entry.gradient = entry.summed
+        elif entry.in_parts and entry.gradient is not None and entry.gradient.numel():
+            by_dtype.setdefault(entry.gradient.dtype, []).append(entry)
+    for entries in by_dtype.values():
+        gradients = [entry.gradient for entry in entries if entry.gradient is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat, group=group)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        for entry, gradient, part in zip(entries, gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            entry.summed = gradient.copy_(part.view_as(gradient))
 
 
 def needs_example(plan: Plan, example: Any) -> None:

@@ -31,8 +31,8 @@ from meshwright.plan.schedule import Action, Schedule
 class Stage:
     """A piece of a trace with its code: `run` computes it, plainly or with its weight gradients deferred."""
 
-    def __init__(self, piece: Piece, model: nn.Module, device: torch.device) -> None:
-        self.piece, self.model, self.device = piece, model, device
+    def __init__(self, piece: Piece, model: nn.Module, device: torch.device, bound: dict[str, Tensor]) -> None:
+        self.piece, self.model, self.device, self.bound = piece, model, device, bound
         self.queue = Queue()
         self.random = any(is_random(op.func) or is_opaque(op) for op in piece.trace.ops)
         # What a leaf of autograd holds can't be written to.
@@ -43,9 +43,9 @@ class Stage:
     def program(self, apart: bool) -> Program:
         """Return the program, made when it is first asked for; `apart` defers weight gradients."""
         if apart and self._apart is None:
-            self._apart = Program(defer(self.piece.trace, self.queue), self.model, frozenset(), self.device)
+            self._apart = Program(defer(self.piece.trace, self.queue), self.model, frozenset(), self.device, self.bound)
         if not apart and self._plain is None:
-            self._plain = Program(self.piece.trace, self.model, frozenset(), self.device)
+            self._plain = Program(self.piece.trace, self.model, frozenset(), self.device, self.bound)
         found = self._apart if apart else self._plain
         assert found is not None
         return found

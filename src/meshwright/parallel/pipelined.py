@@ -42,11 +42,12 @@ Context = Callable[[int, int], AbstractContextManager[None]]
 class _Cutting:
     """A kind of batch, cut: every stage's piece, this rank's stages, and what tells whether a batch's values lead the same way."""
 
-    def __init__(self, found: Trace, ends: Sequence[int], mine: Sequence[int], model: nn.Module, device: torch.device) -> None:
+    def __init__(self, found: Trace, ends: Sequence[int], mine: Sequence[int], partition: Partition, device: torch.device) -> None:
+        model, bound = partition.module, partition.bound()
         guards = [op for op in found.ops if isinstance(op.func, Guard)]
         self.checks = Program(replace(found, outputs=None), model, frozenset(), device) if guards else None
         self.pieces = cut(replace(found, ops=[op for op in found.ops if not isinstance(op.func, Guard)]), ends)
-        self.stages = {stage: Stage(self.pieces[stage], model, device) for stage in mine}
+        self.stages = {stage: Stage(self.pieces[stage], model, device, bound) for stage in mine}
         self.edges, self.gradients = edges(self.pieces)
 
     def fits(self, leaves: list[Tensor]) -> bool:
@@ -178,7 +179,7 @@ class Pipeline:
                 f"this batch leads the model through {len(local.calls)} block calls, and the example through {self.ends[-1]}: a "
                 "pipeline needs the same blocks for every batch"
             )
-        made = _Cutting(local, self.ends, self.mine, self.partition.module, self.ranks.device)
+        made = _Cutting(local, self.ends, self.mine, self.partition, self.ranks.device)
         self._check_homes(made.pieces)
         known.insert(0, made)
         del known[8:]

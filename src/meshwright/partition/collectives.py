@@ -50,7 +50,7 @@ class Collective:
         """Run it; autograd runs `back` on the gradient."""
         if not torch.is_grad_enabled() or not tensor.requires_grad:
             return self.ahead(tensor)
-        result: Tensor = _Differentiable.apply(tensor, self.ahead, self.back)
+        result: Tensor = _Differentiable.apply(tensor, self.ahead, self.back)  # type: ignore[no-untyped-call]
         return result
 
     def ahead(self, tensor: Tensor) -> Tensor:
@@ -61,9 +61,16 @@ class Collective:
         """Return the gradient of what came in from that of what went out."""
         raise NotImplementedError
 
+    def traffic(self, given: list[int], made: list[int], shape: tuple[int, ...]) -> list[tuple[str, str, int]]:
+        """Return (phase, collective, bytes) of what it sends, for operands and results of these bytes; `shape` is the first's."""
+        size = max(given[0], *made) if made else given[0] * self.axis.size
+        both = (("forward", self.forward), ("backward", self.backward))
+        return [(phase, name, given[0] if name == "all_to_all" else size) for phase, name in both if name]
+
     def where(self) -> tuple[int, Label]:
         """Return the dim that is cut and how."""
-        assert self.dim is not None and self.label is not None
+        assert self.dim is not None
+        assert self.label is not None
         return self.dim, self.label
 
 

@@ -67,9 +67,13 @@ def _choose(run: Any, attention: Attention, operands: list[Any]) -> str:
     query, key, value, mask = operands
     size = run.axis.size
     states = [run.states[ref.number] for ref in (query, key, value)]
+    label = states[0].label
     alike = all(state.is_cut and state.dim == 2 and run.axis.divides(state.label) for state in states)
     heads, groups = run.values[query.number].shape[1], run.values[key.number].shape[1]
-    can_ring = alike and mask is None and attention.dropout == 0.0 and _torch.has_attention_kernel(run.values[query.number].dtype)
+    same = not attention.causal or all(state.label == label for state in states)
+    can_ring = (
+        alike and same and mask is None and attention.dropout == 0.0 and _torch.has_attention_kernel(run.values[query.number].dtype)
+    )
     can_exchange = alike and heads % size == 0 and groups % size == 0
     wanted = run.policy.method
     if wanted != "auto":
@@ -111,7 +115,7 @@ def _ulysses(run: Any, op: Any, attention: Attention, operands: list[Any]) -> No
     by_heads = run.fresh(op.outputs[0])
     run.emit(func, refs, {}, [(by_heads, cut(1, whole_dim(heads)))])
     state = run.states[operands[0].number]
-    back = Exchange(heads_axis, (1, whole_dim(heads)), (2, state.label), run.axis)  # type: ignore[arg-type]
+    back = Exchange(heads_axis, (1, whole_dim(heads)), (2, state.label), run.axis)
     run.emit(back, (Ref(run.own[by_heads]),), {}, [(op.outputs[0], state)])
 
 
@@ -128,7 +132,7 @@ class Causal(Collective):
         results, first = [], 0
         grouped = key.shape[1] != query.shape[1]
         for start, length in self.axis.pieces(self.label, self.axis.rank):
-            end = start + length
+            end = min(start + length, key.shape[2])
             mask = torch.ones(length, end, dtype=torch.bool, device=query.device).tril_(start)
             results.append(
                 F.scaled_dot_product_attention(
@@ -156,8 +160,14 @@ class Ring(Collective):
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
         """Return [B, H, S here, D] for keys and values [B, G, S here, D] of every rank."""
-        result: Tensor = _Ring.apply(query, key, value, self)
+        result: Tensor = _Ring.apply(query, key, value, self)  # type: ignore[no-untyped-call]
         return result
+
+    def traffic(self, given: list[int], made: list[int], shape: tuple[int, ...]) -> list[tuple[str, str, int]]:
+        """Keys and values go around once in each direction, their gradients a full round to come home."""
+        pair = given[1] + given[2]
+        once = [(phase, "send_receive", pair) for phase in ("forward", "backward")] * (self.axis.size - 1)
+        return once + [("backward", "send_receive", pair)] * self.axis.size
 
     def pairs(self, source: int) -> list[tuple[slice, slice, bool]]:
         """Which of this rank's query positions see which of rank `source`'s key positions, and whether causally."""

@@ -11,8 +11,9 @@ from meshwright.blueprint.record import Region, Split
 from meshwright.blueprint.regions import find
 from meshwright.blueprint.tape import Tape
 from meshwright.errors import PlanError
+from meshwright.partition.arguments import writes
 from meshwright.partition.state import Axis
-from meshwright.partition.trace import Guard, Trace, is_opaque
+from meshwright.partition.trace import Guard, Trace, TracedOp, is_opaque
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Cuts:
 
 def choose(trace: Trace, axis: Axis) -> Cuts:
     """Return the cuts for an axis. Raises `PlanError` with the nearest degree that works if nothing, or attention, can't be cut."""
-    regions = find_regions(trace)
+    written = written_parameters(trace)
+    regions = [region for region in find_regions(trace) if not (written & _names(region) or _is_positions(trace, region))]
     if not regions:
         raise PlanError(f"{axis.name}={axis.size}: no weight of this model can be split over ranks: leave {axis.name} out")
     found = Cuts()
@@ -54,18 +56,43 @@ def choose(trace: Trace, axis: Axis) -> Cuts:
     return found
 
 
+def _is_positions(trace: Trace, region: Region) -> bool:
+    """A table looked up by something else than the batch (positions): small, and the same rows on every rank at once."""
+    if region.kind != "embedding" or len(region.columns) + len(region.rows) > 1:
+        return False
+    given = set(trace.inputs)
+    for op in trace.ops:
+        if any(n in given for n in op.inputs):
+            given.update(op.outputs)
+    op = _ops(trace)[region.ops[0]]
+    return op.inputs[1] not in given
+
+
+def _ops(trace: Trace) -> list[TracedOp]:
+    """The ops that regions are found among, and count."""
+    return [op for op in trace.ops if not is_opaque(op) and not isinstance(op.func, Guard)]
+
+
 def find_regions(trace: Trace) -> list[Region]:
     """The regions of a whole trace."""
     tape = Tape()
     tape.values = list(trace.values)
-    for op in trace.ops:
-        if is_opaque(op):
-            for number in op.outputs:  # as something that another block made
-                tape.values[number] = copy.copy(tape.values[number])
-                tape.values[number].producer = -2
-        elif not isinstance(op.func, Guard):
-            tape.ops.append(op)
+    for op in filter(is_opaque, trace.ops):
+        for number in op.outputs:  # as something that another block made
+            tape.values[number] = copy.copy(tape.values[number])
+            tape.values[number].producer = -2
+    tape.ops += _ops(trace)
     return find(tape, len(tape.ops), trace.output_numbers(), 0, open_ended=True).regions
+
+
+def written_parameters(trace: Trace) -> set[str]:
+    """Names of parameters that the model writes to as it runs (a table whose rows are kept short): these stay whole."""
+    written = {trace.values[op.inputs[0]].storage for op in trace.ops if op.inputs and writes(op.func)}
+    return {name for number, name in trace.parameters.items() if trace.values[number].storage in written}
+
+
+def _names(region: Region) -> set[str]:
+    return {split.tensor for split in (*region.columns, *region.rows, *region.vectors)}
 
 
 def _fits(region: Region, axis: Axis) -> bool:
@@ -97,9 +124,9 @@ def _with_whole_keys(trace: Trace, region: Region, axis: Axis) -> Region | None:
 
 def _query_heads(trace: Trace, region: Region) -> int:
     """Heads of the queries: the size of the head dim of the region's attention, or of its scores."""
-    tape_ops = [op for op in trace.ops if not is_opaque(op) and not isinstance(op.func, Guard)]
+    ops = _ops(trace)
     for place in region.ops:
-        op = tape_ops[place]
+        op = ops[place]
         shape = trace.values[op.inputs[0]].shape if op.inputs else ()
         if costs.kind_of(op.func) == "attention" or costs.base_name(op.func) in ("_softmax", "_safe_softmax"):
             return shape[1] if len(shape) == 4 else 0

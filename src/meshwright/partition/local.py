@@ -37,9 +37,15 @@ class LogSoftmax(Collective):
     forward = "all_reduce"
     backward = "all_reduce"
 
+    def traffic(self, given: list[int], made: list[int], shape: tuple[int, ...]) -> list[tuple[str, str, int]]:
+        """One number per row: the largest, the sum, and the gradient's sum."""
+        assert self.dim is not None
+        row = given[0] // shape[self.dim]
+        return [("forward", "all_reduce", row), ("forward", "all_reduce", row), ("backward", "all_reduce", row)]
+
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return this rank's part of the log-probabilities."""
-        result: Tensor = _LogSoftmax.apply(tensor, self.dim, self.axis)
+        result: Tensor = _LogSoftmax.apply(tensor, self.dim, self.axis)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -120,6 +126,18 @@ class Groups(Collective):
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return [B, 1, T, D] of [B, groups, T, D]."""
         return tensor.narrow(1, self.axis.rank * self.groups // self.axis.size, 1)
+
+
+class Own(Collective):
+    """A copy with the strides that the trace saw, so that views of it are views and can be written into."""
+
+    def __init__(self, axis: Axis, strides: tuple[int, ...]) -> None:
+        super().__init__(axis)
+        self.strides = strides
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the copy."""
+        return torch.empty_strided(tensor.shape, self.strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 class KeepSlice(Collective):

@@ -63,6 +63,8 @@ class Pass:
         self.did_cut = False
         self.readers = Counter(n for op in source.ops for n in set(op.inputs)) + Counter(source.output_numbers())
         self.pinned = _pinned(source)
+        state = {source.values[n].storage for n in source.parameters}
+        self.owned = {n for n in self.pinned if source.values[n].storage not in state}
         self.op: TracedOp | None = None
         self._views: dict[Any, tuple[int, ...]] = {}
 
@@ -155,21 +157,34 @@ class Pass:
         for number, state in made:
             local = self._value(self.values[number], state)
             outputs.append(local)
-            if number in self.pinned and not state.is_full:
-                self.own[number], self.states[number] = local, state
-            else:
-                self._define(number, local, state)
+            self._define(number, local, state)
         self._append(func, args, kwargs, tuple(outputs), op)
         for number, state in made:
-            if number in self.pinned and not state.is_full:
-                self._define(number, self.get(number, WHOLE), WHOLE)
+            if number in self.owned and state != WHOLE:
+                self._own(number)
 
-    def _append(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: tuple[int, ...], op: Any = None) -> None:
+    def _own(self, number: int) -> None:
+        """Keep a value that is written into whole on every rank, in memory of its own, laid out as the model's code saw it."""
+        from meshwright.partition.local import Own
+
+        value, whole = self.values[number], self.get(number, WHOLE)
+        local = self._value(value, WHOLE)
+        self._append(Own(self.axis, value.strides), (Ref(whole),), {}, (local,))
+        self._define(number, local, WHOLE)
+
+    def _append(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: tuple[int, ...],
+        op: Any = None,
+        recorded: bool = False,
+    ) -> None:
         template = op or self.op
         inputs = tuple(leaf.number for leaf in _torch.leaves_of((args, kwargs)) if isinstance(leaf, Ref))
         grad, call, module = (template.grad, template.call, template.module) if template else (torch.is_grad_enabled(), -1, "")
-        grad = grad or isinstance(func, Collective)
-        where = (module, 0, 0, 0, 0, 0, None, False, grad, call)
+        where = (module, 0, 0, 0, 0, 0, None, False, grad or recorded, call)
         self.result.ops.append(TracedOp(func, args, kwargs, inputs, outputs, *where))
 
     # Conversions
@@ -180,7 +195,7 @@ class Pass:
         if have == want or (have.is_full and want.is_full and number not in self.graded):
             return self.own[number]
         known = self.converted.get((number, want))
-        if known is not None:
+        if known is not None and number not in self.pinned:  # what was converted before a write is of before the write
             return known
         local = self._convert(number, have, want)
         self.converted[number, want] = local
@@ -195,7 +210,7 @@ class Pass:
                     return self._apply(ReduceScatter(axis, want.dim, want.label), number, self.own[number], want)
             reduced = self._apply(Reduce(axis), number, self.own[number], WHOLE)
             return reduced if want == WHOLE else self._from(number, reduced, WHOLE, want, graded)
-        if want == WHOLE and have.is_cut and (number, COPIED) in self.converted:
+        if want == WHOLE and have.is_cut and (number, COPIED) in self.converted and number not in self.pinned:
             return self._from(number, self.converted[number, COPIED], COPIED, want, graded)
         return self._from(number, self.own[number], have, want, graded)
 
@@ -210,7 +225,7 @@ class Pass:
             if number in self.weights and have == WHOLE:
                 self.wanted.add(self.source.parameters[self.weights[number]])
             return self._apply(Take(axis, want.dim, want.label, have == COPIED or not graded), number, local, want)
-        assert have.is_cut and have.label is not None
+        assert have.label is not None
         if want.is_cut:
             gathered = self.get(number, COPIED)
             return self._from(number, gathered, COPIED, want, graded)
@@ -226,7 +241,8 @@ class Pass:
     def _apply(self, collective: Collective, number: int, local: int, state: State) -> int:
         made = self._value(self.values[number], state)
         self._place(number, made, state)
-        self._append(collective, (Ref(local),), {}, (made,))
+        # Recorded even where no gradient is wanted: ops elsewhere, with a gradient, may use the same conversion.
+        self._append(collective, (Ref(local),), {}, (made,), recorded=True)
         return made
 
     def resolve(self, number: int) -> None:
@@ -239,6 +255,14 @@ class Pass:
             if self.axis.divides(label) and len(self.values[number].shape) > 1:
                 state = cut(dim, label)
         self._define(number, self.get(number, state), state)
+
+    def divide(self, number: int) -> None:
+        """Cut a whole value along the sequence, where the batch's sequences are cut."""
+        if self.policy.sequence and number in self.sequence:
+            dim, label = self.sequence[number]
+            if self.axis.divides(label):
+                self.did_cut = True
+                self._define(number, self.get(number, cut(dim, label)), cut(dim, label))
 
     # Ops
 
@@ -363,7 +387,8 @@ class Pass:
         also = effect.closes and any((n, d) in everything for n in op.outputs for d in range(len(self.values[n].shape)))
         uneven = any(not self.axis.can_cut(label) for label in everything.values())
         lost = any(where in given_up for where, _ in effect.labels)
-        if twice or also or uneven or lost:
+        parts = costs.base_name(op.func) in ("cat", "split", "split_with_sizes")  # whose sizes have nothing to do with each other
+        if twice or also or uneven or lost or not (parts or self.axis.alike(everything.values())):
             return self._least_dear(cut_numbers)
         return None
 
@@ -381,8 +406,11 @@ class Pass:
         for number in op.inputs:
             self.resolve(number)
         inputs = [n for n in op.inputs if n in self.graded]
-        whole = any(not self.states[n].kind == "copied" for n in inputs)
+        whole = any(self.states[n].kind != "copied" for n in inputs)
+        whole = whole or any(n in self.owned for n in (*op.inputs, *op.outputs))
         state = WHOLE if whole or not inputs else COPIED
+        if arguments.writes(op.func) and op.inputs[0] in self.pinned - self.owned:
+            state = self.states[op.inputs[0]]  # a parameter is written to as it is
         if is_opaque(op):  # what it does with its parameters is not seen: their gradients are parts where all are
             state = COPIED if self.policy.copied is None else WHOLE
         states = dict.fromkeys(op.inputs, state)

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor
 
 from meshwright import _torch
 from meshwright.blueprint.tape import Ref
 from meshwright.partition.arguments import writes
-from meshwright.partition.collectives import Collective
 from meshwright.partition.local import KeepSlice
-from meshwright.partition.trace import Guard, Trace, TracedOp, is_opaque
+from meshwright.partition.trace import Guard, Stale, Trace, TracedOp, draws, is_opaque
 
 
 @dataclass
@@ -38,11 +38,15 @@ class _Segment:
 
 
 class Program:
-    """Runs a local trace on the module's parameters and buffers as they are when it is called."""
+    """Runs a local trace on the module's buffers and parameters as they are when it is called."""
 
-    def __init__(self, trace: Trace, model: nn.Module, units: frozenset[str], device: torch.device) -> None:
-        """Generate the code; `units` are the modules inside whose calls their ops must run."""
-        self.trace, self.model, self.device = trace, model, device
+    def __init__(
+        self, trace: Trace, model: nn.Module, units: frozenset[str], device: torch.device, bound: dict[str, Tensor] | None = None
+    ) -> None:
+        """Generate the code; `units` are the modules inside whose calls their ops must run. `bound` gives the tensors to compute
+        with for parameters by name; the module is asked for those that it does not hold.
+        """
+        self.trace, self.model, self.device, self.bound = trace, model, device, bound or {}
         self.recorded = any(op.grad for op in trace.ops)
         self.graded = trace.graded()
         outputs = trace.output_numbers()
@@ -50,6 +54,8 @@ class Program:
         checked = {id(op) for op in guards if isinstance(op.func, Guard)}
         kept = _reached(trace, outputs, lambda op: id(op) not in checked and _has_effect(op))
         self.checks = self._segments(guards, frozenset(), [])
+        self._checks_write = any(writes(op.func) for op in guards)
+        self._checks_draw = any(draws(op) for op in guards)
         self.ops = kept
         self.segments = self._segments(kept, units, outputs)
 
@@ -63,35 +69,38 @@ class Program:
         return _torch.tree_unflatten([values[leaf.number] if isinstance(leaf, Ref) else leaf for leaf in ends], spec)
 
     def check(self, leaves: list[Tensor]) -> None:
-        """Raise `Stale` if a batch's values lead the model another way than when it was traced."""
-        for segment in self.checks:
-            self._run(segment, self._inputs(leaves))
+        """Look again at what Python saw, and raise `Stale` if it differs.
+
+        Nothing is changed by it: writes go to copies, and a draw that led elsewhere is undone.
+        """
+        values = self._inputs(leaves)
+        if self._checks_write:
+            values = {number: tensor.clone() for number, tensor in values.items()}
+        generators = _torch.seeded_default_generators(self.device) if self._checks_draw else []
+        before = [generator.get_state() for generator in generators]
+        try:
+            for segment in self.checks:
+                self._run(segment, values, copied=self._checks_write)
+        except Stale:
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)
+            raise
 
     def code(self) -> str:
         """The generated Python, a function per segment."""
         return "\n".join(segment.code.code for segment in self.segments if segment.code is not None)  # type: ignore[attr-defined]
 
-    def collectives(self) -> list[tuple[Collective, tuple[int, ...], torch.dtype, str]]:
-        """Every collective op in order, with the shape and dtype of the tensor that travels, and its module."""
-        found = []
-        for op in self.ops:
-            if isinstance(op.func, Collective) and (op.func.forward or op.func.backward):
-                travels = op.outputs[0] if op.func.forward == "all_gather" and op.outputs else op.inputs[0]
-                value = self.trace.values[travels]
-                found.append((op.func, value.shape, value.dtype, op.module))
-        return found
-
     def _inputs(self, leaves: list[Tensor]) -> dict[int, Tensor]:
         return {number: leaves[place] for number, place in self.trace.inputs.items()}
 
-    def _run(self, segment: _Segment, values: dict[int, Tensor]) -> None:
+    def _run(self, segment: _Segment, values: dict[int, Tensor], copied: bool = False) -> None:
         code = segment.code
         assert code is not None
         taken = [values[number] for number in segment.takes]
 
         def run(*tensors: Tensor) -> tuple[Any, ...]:
-            state = [_lookup(owner, name) for owner, name in segment.names]
-            return code(*tensors, *state, *segment.held)
+            state = [*(_lookup(owner, name) for owner, name in segment.names), *segment.held]
+            return code(*tensors, *(tensor.clone() for tensor in state)) if copied else code(*tensors, *state)
 
         if segment.call < 0:
             made = run(*taken)
@@ -132,13 +141,19 @@ class Program:
         graph = fx.Graph()
         nodes: dict[int, fx.Node] = {n: graph.placeholder(f"v{n}") for n in segment.takes}
         for number in state:
-            name = self.trace.parameters.get(number) or self.trace.buffers.get(number)
-            if name is not None:
+            name = self.trace.parameters.get(number, self.trace.buffers.get(number, ""))
+            if name in self.bound:
+                continue
+            if name:
                 owner, _, attribute = name.rpartition(".")
                 segment.names.append((self.model.get_submodule(owner), attribute))
                 nodes[number] = graph.placeholder("p_" + name.replace(".", "_"))
         for number in state:
-            if number in self.trace.constants:
+            name = self.trace.parameters.get(number, "")
+            if name in self.bound:
+                segment.held.append(self.bound[name])
+                nodes[number] = graph.placeholder("p_" + name.replace(".", "_"))
+            elif number in self.trace.constants:
                 segment.held.append(self.trace.constants[number].to(self.device))
                 nodes[number] = graph.placeholder(f"c{number}")
         for op in segment.ops:
@@ -189,7 +204,7 @@ def _lookup(owner: nn.Module, name: str) -> Tensor:
     found = owner._parameters.get(name)
     tensor = owner._buffers[name] if found is None else found
     assert tensor is not None
-    return tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _has_effect(op: TracedOp) -> bool:

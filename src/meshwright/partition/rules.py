@@ -40,24 +40,32 @@ def _step(run: Pass, op: TracedOp, func: Any, args: tuple[Any, ...], outputs: tu
 def _biased_product(run: Pass, op: TracedOp) -> bool:
     """addmm and baddbmm whose sum is cut: the bias is added once, after the parts have been summed."""
     bias, left, right = op.args[:3]
-    if any(value not in (1, 1.0) for value in op.kwargs.values()):
-        return False
     a, b = _state(run, left), _state(run, right)
     rank = len(run.values[left.number].shape)
     if not ((a.is_cut and a.dim == rank - 1) or (b.is_cut and b.dim == rank - 2)):
         return False
-    product = run.fresh(op.outputs[0])
-    run.process(_step(run, op, aten.mm.default if rank == 2 else aten.bmm.default, (left, right), (product,)))
-    run.process(_step(run, op, aten.add.Tensor, (Ref(product), bias), op.outputs))
+    product = Ref(run.fresh(op.outputs[0]))
+    run.process(_step(run, op, aten.mm.default if rank == 2 else aten.bmm.default, (left, right), (product.number,)))
+    terms = [_times(run, op, product, op.kwargs.get("alpha", 1)), _times(run, op, bias, op.kwargs.get("beta", 1))]
+    run.process(_step(run, op, aten.add.Tensor, tuple(terms), op.outputs))
     return True
+
+
+def _times(run: Pass, op: TracedOp, value: Ref, factor: float) -> Ref:
+    if factor == 1:
+        return value
+    scaled = Ref(run.fresh(value.number))
+    run.process(_step(run, op, aten.mul.Tensor, (value, factor), (scaled.number,)))
+    return scaled
 
 
 def _convolution(run: Pass, op: TracedOp) -> bool:
     """A convolution that sums over cut channels: the bias is added after the parts have been summed."""
     source, weight, bias = op.args[:3]
     groups, transposed = int(op.args[8]), bool(op.args[6])
-    state = _state(run, weight)
-    if bias is None or groups != 1 or not state.is_cut or state.dim != (0 if transposed else 1):
+    here, given = _state(run, weight), _state(run, source)
+    sums = (here.is_cut and here.dim == (0 if transposed else 1)) or (given.is_cut and given.dim == 1)
+    if bias is None or groups != 1 or not sums:
         return False
     product, shaped = run.fresh(op.outputs[0]), run.fresh(bias.number)
     bare = _step(run, op, op.func, (source, weight, None, *op.args[3:]), (product,))
@@ -80,11 +88,17 @@ def _embedding(run: Pass, op: TracedOp) -> bool:
     """A table whose rows are cut: each rank looks up the rows that it holds."""
     table, index = op.args[:2]
     state = _state(run, table)
+    dense = _step(run, op, op.func, (*op.args[:4], False)[:5], op.outputs) if len(op.args) > 4 else op
+    if len(op.args) > 3 and bool(op.args[3]):  # gradients divided by how often a row is named, which only all rows tell
+        run.plain(dense)
+        run.divide(op.outputs[0])
+        return True
     if not state.is_cut or state.dim != 0:
         return False
     assert state.label is not None
-    if any(bool(flag) for flag in op.args[3:5]) or state.label.repeat > 1 or len(state.label.segments) > 1:
-        return False
+    if state.label.repeat > 1 or len(state.label.segments) > 1:
+        run.plain(dense)
+        return True
     padding = int(op.args[2]) if len(op.args) > 2 else -1
     lookup = EmbeddingRows(run.axis, state.label, padding)
     run.did_cut = True
@@ -140,12 +154,14 @@ def _class_loss(run: Pass, op: TracedOp) -> bool:
     if not state.is_cut or weight is not None:
         return False
     assert state.label is not None
+    classes = state.dim == len(run.values[scores.number].shape) - 1
+    if classes and (state.label.repeat > 1 or len(state.label.segments) > 1):
+        return False  # a rank's classes do not follow each other
     local = Ref(run.get(scores.number, state))
-    rank = len(run.values[scores.number].shape)
     result = PARTIAL
-    if state.dim == rank - 1:
+    if classes:
         here = Ref(run.get(target.number, COPIED))
-        if reduction == 0 and rank == 1:
+        if reduction == 0 and len(run.values[scores.number].shape) == 1:
             return False
         run.emit(ClassLoss(run.axis, state.label, reduction, ignore), (local, here), {}, [(output, result)])
         return True
@@ -171,10 +187,9 @@ def _attention(run: Pass, op: TracedOp) -> bool:
     for operand in operands:
         if isinstance(operand, Ref):
             run.resolve(operand.number)
-    query, key, value, mask = operands
-    if _state(run, query).is_cut and _state(run, query).dim == 2 and run.policy.sequence:
+    state = _state(run, operands[0])
+    if state.is_cut and state.dim == 2 and run.policy.sequence:
         return context_attention(run, op, attention, operands)
-    state = _state(run, query)
     if state.is_cut and state.dim == 1 and _by_heads(run, op, attention, operands, state):
         return True
     run.plain(_step(run, op, attention, tuple(operands), op.outputs[:1]))
@@ -186,8 +201,8 @@ def _earlier_attention(run: Pass, op: TracedOp) -> bool:
     if isinstance(op.func, torch._ops.OpOverload):
         return False
     operands = [*op.args, None][:4]
-    for operand in op.args:
-        run.resolve(operand.number)
+    for number in op.inputs:
+        run.resolve(number)
     state = _state(run, operands[0])
     if state.is_cut and state.dim == 1 and _by_heads(run, op, op.func, operands, state):
         return True
@@ -232,15 +247,26 @@ def _batch_norm(run: Pass, op: TracedOp) -> bool:
         return False
     assert state.label is not None
     part = cut(0, state.label)
-    args = [Ref(run.get(a.number, state if a is source else part)) if isinstance(a, Ref) else a for a in op.args]
+    updates = bool(op.args[5])
+    kept = {}
+    for buffer in op.args[3:5]:
+        if isinstance(buffer, Ref) and updates:  # the backward needs what the op has seen: a copy is updated
+            run.converted.pop((buffer.number, part), None)
+            kept[buffer.number] = run.fresh(buffer.number)
+            run.emit(aten.clone.default, (Ref(run.get(buffer.number, part)),), {}, [(kept[buffer.number], part)])
+    numbers = [kept.get(a.number, a.number) if isinstance(a, Ref) else -1 for a in op.args]
+    args = [
+        Ref(run.get(number, state if a is source else part)) if isinstance(a, Ref) else a
+        for a, number in zip(op.args, numbers, strict=True)
+    ]
     results = [(n, state if len(run.values[n].shape) > 1 else part) for n in op.outputs if run.values[n].shape != (0,)]
     empty = [(n, WHOLE) for n in op.outputs if run.values[n].shape == (0,)]
     order = dict(results + empty)
     run.emit(op.func, args, {}, [(n, order[n]) for n in op.outputs])
-    for buffer in op.args[3:5]:
-        if isinstance(buffer, Ref) and buffer.number in run.source.buffers and bool(op.args[5]):
+    for number, copied in kept.items():
+        if number in run.source.buffers:
             keep = KeepSlice(run.axis, 0, state.label)
-            run.emit(keep, (Ref(run.own[buffer.number]), Ref(run.get(buffer.number, part))), {}, [])
+            run.emit(keep, (Ref(run.own[number]), Ref(run.own[copied])), {}, [])
     return True
 
 

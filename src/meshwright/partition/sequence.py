@@ -7,6 +7,7 @@ from typing import cast
 from meshwright.blueprint import costs
 from meshwright.blueprint.moves import Label, Place, spread, whole_dim
 from meshwright.blueprint.tape import Tape
+from meshwright.partition.arguments import writes
 from meshwright.partition.trace import Guard, Trace, is_opaque
 
 
@@ -34,7 +35,10 @@ def follow_sequence(trace: Trace) -> dict[int, tuple[int, Label]]:
         own = {(n, d): labels[n, d] for n in op.inputs for d in range(len(trace.values[n].shape)) if (n, d) in labels}
         if costs.base_name(op.func) in ("nll_loss_forward", "arange"):
             continue
-        for where, label in spread(op, tape, own).labels:
+        found_here = spread(op, tape, own).labels
+        if writes(op.func) and op.inputs[0] in known:  # whatever is written, the positions stay in their place
+            found_here += [((op.outputs[0], d), label) for (n, d), label in own.items() if n == op.inputs[0] and op.outputs]
+        for where, label in found_here:
             if where[0] in op.outputs:
                 labels[where] = label
                 known.add(where[0])

@@ -12,7 +12,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +82,19 @@ class Axis:
         """Whether every rank gets something, and only a plain dim is cut unevenly."""
         plain = label.repeat == 1 and len(label.segments) == 1
         return self.divides(label) or (plain and -(-label.size // self.size) * (self.size - 1) < label.size)
+
+    def alike(self, labels: Iterable[Label]) -> bool:
+        """Whether labels with as many segments each give every rank the same share of each: a dim seen as half as many pairs, say,
+        keeps its elements on their ranks only if no chunk ends within a pair.
+        """
+        shares: dict[int, set[Any]] = {}
+        for segments in {label.segments for label in labels}:
+            share = tuple(
+                tuple((Fraction(start, size), Fraction(length, size)) for rank in self.chunks(size) for start, length in rank)
+                for size in segments
+            )
+            shares.setdefault(len(segments), set()).add(share)
+        return all(len(found) == 1 for found in shares.values())
 
     def pieces(self, label: Label, rank: int) -> list[tuple[int, int]]:
         """A rank's pieces (start, length) within one repetition of `label`, in the order in which it holds them."""

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 
 from meshwright import _torch
 from meshwright._torch import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from meshwright.blueprint import costs
 from meshwright.blueprint.execute import LARGEST_REAL, Execution, operands
-from meshwright.blueprint.failures import capture_error
+from meshwright.blueprint.failures import OwnBackward, ReadsComputed, capture_error
 from meshwright.blueprint.moves import Label
 from meshwright.blueprint.tape import RawOp, Ref, Tape, Value
 from meshwright.blueprint.walk import untouched
-from meshwright.errors import ModelError
+from meshwright.errors import MeshwrightError, ModelError
 
 BATCH, RANDOM, CHOSEN = 1, 2, 4
 """Where a value comes from: the batch's integers, a random number, or a choice among computed numbers."""
@@ -74,13 +75,25 @@ class Trace:
         return [leaf.number for leaf in _torch.leaves_of(self.outputs) if isinstance(leaf, Ref)]
 
     def graded(self) -> set[int]:
-        """Values that a gradient flows through: floats that depend on a trainable parameter by recorded ops."""
+        """Values that a gradient flows through: floats that depend on a trainable parameter by recorded ops, and every name of a
+        memory that such a value is written into.
+        """
         found = {n for n in (*self.parameters, *self.constants, *self.inputs) if self.values[n].needs_gradient}
-        for op in self.ops:
-            name = costs.base_name(op.func)
-            if op.grad and name != "detach" and (is_opaque(op) or any(n in found for n in op.inputs)):
-                found.update(n for n in op.outputs if self.values[n].dtype.is_floating_point or self.values[n].dtype.is_complex)
+        written: set[int] = set()
+        before = -1
+        while before < len(written):
+            before = len(written)
+            found.update(n for n, value in enumerate(self.values) if value.storage in written and _is_float(value))
+            for op in self.ops:
+                if op.grad and costs.base_name(op.func) != "detach" and (is_opaque(op) or any(n in found for n in op.inputs)):
+                    found.update(n for n in op.outputs if _is_float(self.values[n]))
+                    if isinstance(op.func, torch._ops.OpOverload) and _torch.is_in_place(op.func) and op.inputs:
+                        written.add(self.values[op.inputs[0]].storage)
         return found
+
+
+def _is_float(value: Value) -> bool:
+    return value.dtype.is_floating_point or value.dtype.is_complex
 
 
 class Opaque:
@@ -105,18 +118,26 @@ def is_opaque(op: RawOp) -> bool:
     return isinstance(op.func, Opaque)
 
 
+def draws(op: RawOp) -> bool:
+    """Whether an op draws random numbers."""
+    return costs.base_name(op.func) in _RANDOM
+
+
 class Guard:
-    """The op that compares a value that Python looked at with what it saw; raises `Stale` if they differ."""
+    """The op that looks again at what Python saw; raises `Stale` if it differs. `func` is an op that answered Python itself."""
 
     tags: tuple[Any, ...] = ()
 
-    def __init__(self, seen: Any) -> None:
-        self.seen = seen
+    def __init__(self, seen: Any, func: Any = None) -> None:
+        self.seen, self.func = seen, func
         self.__name__ = "guard"
 
-    def __call__(self, value: Tensor) -> None:
-        """Compare a tensor's values (a list or a number was seen) or its shape (a tuple)."""
-        now = tuple(value.shape) if isinstance(self.seen, tuple) else value.tolist()
+    def __call__(self, *values: Any) -> None:
+        """Compare the op's answer, or a tensor's values (a list or a number was seen) or its shape (a tuple)."""
+        if self.func is not None:
+            now = self.func(*values)
+        else:
+            now = tuple(values[0].shape) if isinstance(self.seen, tuple) else values[0].tolist()
         if now != self.seen:
             raise Stale
 
@@ -158,14 +179,18 @@ class _Tracer(Execution):
         by_values = name in _SIZED_BY_VALUES or (name == "index" and any(_is_mask(i) for i in args[1]))
         fixed = name == "bincount" and self._fixed_bins(args, kwargs)
         if taint & CHOSEN and not fixed and (by_values or name == "_local_scalar_dense"):
-            raise _DependsOnComputed(self.modules[-1] if self.modules else "", ValueError(name))
+            raise _DependsOnComputed(self._module(), ReadsComputed())
         try:
             result = self.run(func, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise _DependsOnComputed(self.modules[-1] if self.modules else "", error) from error
         if name == "_local_scalar_dense":
             if taint & (BATCH | RANDOM):
-                self._guard(numbers[0], result)
+                self._guard((numbers[0],), result)
+            return result
+        if isinstance(result, bool):  # `torch.equal`
+            if taint & (BATCH | RANDOM):
+                self._guard(tuple(numbers), result, func)
             return result
         if func is _torch.prim_device or func.name().startswith(_UNWRITTEN):
             if isinstance(result, Tensor) and numbers:
@@ -178,7 +203,7 @@ class _Tracer(Execution):
             chosen = CHOSEN if from_fakes and not isinstance(tensor, FakeTensor) else 0
             self.taint[number] = taint | chosen
         if by_values and taint:
-            self._guard(outputs[0], tuple(_made(result)[0].shape))
+            self._guard((outputs[0],), tuple(_made(result)[0].shape))
         return result
 
     def _fixed_bins(self, args: Any, kwargs: Any) -> bool:
@@ -200,9 +225,9 @@ class _Tracer(Execution):
         self.kept.append(tensor)
         return self.tape.declare(tensor, role, name)
 
-    def _guard(self, number: int, seen: Any) -> None:
-        op = TracedOp(Guard(seen), (Ref(number),), {}, (number,), (), self._module(), 0, 0, 0, 0, 0, None, False, False, self.call)
-        self.ops.append(op)
+    def _guard(self, numbers: tuple[int, ...], seen: Any, func: Any = None) -> None:
+        where = (self._module(), 0, 0, 0, 0, 0, None, False, False, self.call)
+        self.ops.append(TracedOp(Guard(seen, func), tuple(map(Ref, numbers)), {}, numbers, (), *where))
 
     def seen(self, tensor: Tensor) -> None:
         """Python is about to read all values of a tensor by a way that is no op (`tolist`, `numpy`)."""
@@ -211,9 +236,9 @@ class _Tracer(Execution):
         number = self.number(tensor)
         taint = self.taint.get(number, 0)
         if taint & CHOSEN:
-            raise _DependsOnComputed(self._module(), ValueError("tolist"))
+            raise _DependsOnComputed(self._module(), ReadsComputed())
         if taint:
-            self._guard(number, tensor.tolist())
+            self._guard((number,), tensor.tolist())
 
     def _module(self) -> str:
         return self.modules[-1] if self.modules else ""
@@ -245,7 +270,7 @@ class _Tracer(Execution):
         """
         producer = self.tape.values[number].producer
         if tensor.requires_grad and producer >= 0 and not tensor.is_leaf and not self.ops[producer].grad:
-            raise _DependsOnComputed(self.ops[producer].module, _OwnBackward(type(tensor.grad_fn).__name__))
+            raise _DependsOnComputed(self.ops[producer].module, OwnBackward(type(tensor.grad_fn).__name__))
 
     def opaque(self, path: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Write one op for a whole module; its results are those of a run that is not written down."""
@@ -267,10 +292,6 @@ class _Tracer(Execution):
         return output
 
 
-class _OwnBackward(Exception):
-    pass
-
-
 _FROM_SHAPES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "empty_like", "new_empty", "size"}
 
 
@@ -282,7 +303,7 @@ def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
-class _HostReads(_torch.FunctionMode):
+class _HostReads(TorchFunctionMode):
     """Sees the ways by which Python reads a tensor's values that are no ops."""
 
     def __init__(self, tracer: _Tracer) -> None:
@@ -362,16 +383,26 @@ def _attempt(subject: Subject, function: Callable[[Any], Any], batch: Any, opaqu
             named = {f"model.{name}": tensor for name, tensor in state.items()}
             arguments = (function, _torch.tree_unflatten(changed, spec))
             output = torch.func.functional_call(_Called(subject.model), named, arguments, tie_weights=False)
-    except (_DependsOnComputed, ModelError):
+            _write_back(found, tracer, state, named)
+    except (_DependsOnComputed, MeshwrightError):
         raise
     except Exception as error:
         raise capture_error(error, tracer.modules[-1] if tracer.modules else "") from error
     return _finish(found, tracer, output)
 
 
+def _write_back(found: Trace, tracer: _Tracer, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    """What the model assigned to a buffer is written into it; one of another shape is a cache, and is made again each time."""
+    with torch.no_grad():
+        for name in found.buffers.values():
+            old, new = before[name], after[f"model.{name}"]
+            if new is not old and isinstance(new, Tensor) and (new.shape, new.dtype) == (old.shape, old.dtype):
+                old.copy_(new)
+
+
 def _finish(found: Trace, tracer: _Tracer, output: Any) -> Trace:
     ends, spec = _torch.tree_flatten(output)
-    refs = [Ref(tracer.number(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in ends]
+    refs = [Ref(_made_by_op(found, tracer, leaf)) if isinstance(leaf, Tensor) else leaf for leaf in ends]
     found.outputs = _torch.tree_unflatten(refs, spec)
     found.ops, found.values = tracer.ops, tracer.tape.values
     for number, tensor in tracer.real.items():
@@ -381,6 +412,17 @@ def _finish(found: Trace, tracer: _Tracer, output: Any) -> Trace:
             raise ModelError("the loss reaches a parameter by another way than the model it is given: use the model's own module")
         found.constants[number] = tensor
     return found
+
+
+def _made_by_op(found: Trace, tracer: _Tracer, leaf: Tensor) -> int:
+    """The number of a tensor that is returned; a parameter or buffer that is returned as it is goes through an op."""
+    number = tracer.number(leaf)
+    if tracer.tape.values[number].producer >= 0 or number in found.inputs:
+        return number
+    made = tracer.tape.made(leaf, len(tracer.ops))
+    where = ("", 0, 0, 0, 0, 0, None, False, True, -1)
+    tracer.ops.append(TracedOp(torch.ops.aten.alias.default, (Ref(number),), {}, (number,), (made,), *where))
+    return made
 
 
 def _stand_ins(subject: Subject, tracer: _Tracer, found: Trace) -> dict[str, Tensor]:
@@ -405,7 +447,9 @@ def _stand_ins(subject: Subject, tracer: _Tracer, found: Trace) -> dict[str, Ten
         if id(buffer) not in made:
             real = not buffer.is_meta and not buffer.is_floating_point() and buffer.numel() <= LARGEST_REAL
             made[id(buffer)] = buffer.detach().cpu().clone() if real else tracer.stand_in(buffer)
-            found.buffers[tracer.declare(made[id(buffer)], "buffer", name)] = name
+            number = tracer.declare(made[id(buffer)], "buffer", name)
+            found.buffers[number] = name
+            tracer.taint[number] = BATCH  # it may change from call to call, as a batch does
         state[name] = made[id(buffer)]
     return state
 

@@ -101,6 +101,8 @@ class Plan:
             key, equals, value = item.partition("=")
             given = {key: _value(key, value)} if equals else _named(item)
             for name in values.keys() & given.keys():
+                if values[name] == AUTO and name in _DEGREES:
+                    continue  # a named plan's open degree, now given
                 raise PlanError(f"{name} is given twice in {text!r}: {item!r} contradicts what stands before it")
             values |= given
             suggested |= {} if equals else _SUGGESTED.get(item, {})
@@ -132,6 +134,8 @@ class Plan:
         three nearest, the largest sharding.
         Raises `PlanError` if the axes don't multiply to `world_size`.
         """
+        if self.sp and self.tp == 1:
+            raise PlanError("sp=on divides activations over the ranks of tp: add tp=N, or leave sp out")
         free = [name for name in _DEGREES if getattr(self, name) == AUTO]
         fixed = math.prod(getattr(self, name) for name in _DEGREES if name != "ep" and name not in free)
         if world_size % fixed or (not free and fixed != world_size):

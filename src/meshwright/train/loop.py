@@ -79,7 +79,7 @@ def train(config: Config, plan: Plan, folder: Path, resume: bool) -> None:
         plan,
         optimizer=make_optimizer(config.optimizer),
         loss_fn=losses.cross_entropy,
-        example_batch=samples.batch([0]),
+        example_batch=samples.batch([0, 0]),
         clip_grad_norm=config.train.clip_grad_norm,
         on_nonfinite=config.train.on_nonfinite,  # type: ignore[arg-type]
         lr_schedule=rate_schedule(config.schedule, config.train.steps),
@@ -117,9 +117,11 @@ class _Run:
     def introduce(self, resumed: Path | None) -> None:
         """Print what is about to run, and write down what the plan promises."""
         engine = self.engine
-        trainable = sum(entry.shape.numel() for entry in engine.table if entry.trainable)
-        frozen = sum(entry.shape.numel() for entry in engine.table if not entry.trainable)
-        predicted = state_bytes(engine.plan, trainable, frozen)
+        trainable = sum(entry.whole.numel() for entry in engine.table if entry.trainable)
+        frozen = sum(entry.whole.numel() for entry in engine.table if not entry.trainable)
+        here = [entry for entry in engine.table if entry.here]  # the parts of them that tp and pp leave to this rank
+        numbers = [sum(entry.shape.numel() for entry in here if entry.trainable == kind) for kind in (True, False)]
+        predicted = state_bytes(engine.plan, *numbers)
         if self.leads:
             prediction = {"plan": str(engine.plan), "parameters": trainable + frozen, "memory_bytes": predicted.to_json()}
             (self.folder / "prediction.json").write_text(json.dumps(prediction, indent=1) + "\n")

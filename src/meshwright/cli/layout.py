@@ -1,0 +1,61 @@
+"""What `meshwright inspect --model M --plan P` shows: which weights the plan cuts, and every collective with its bytes."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from meshwright.plan import AUTO, Plan
+
+if TYPE_CHECKING:
+    from meshwright.parallel.preview import Preview
+
+
+def show_layout(model: str, text: str, seq: int | None, items: int, as_json: bool) -> int:
+    """Print what `tp`, `sp` and `cp` of a plan do to a model, for micro-batches of `items`; returns 0. No ranks are needed.
+
+    Raises `PlanError` for a plan that the model does not allow, with the nearest that it does.
+    """
+    found = layout(model, Plan.parse(text), seq, items)
+    print(json.dumps(found.to_json()) if as_json else found)
+    return 0
+
+
+def layout(model: str, plan: Plan, seq: int | None = None, items: int = 1) -> Preview:
+    """Read a model spec, on meta, as rank 0 of the plan would run it. Open degrees count as 1: nothing says how many ranks are
+    here.
+    """
+    import dataclasses
+
+    from meshwright.blueprint.execute import build_on_meta
+    from meshwright.blueprint.spec import parse_spec
+    from meshwright.engine.batch import caller
+    from meshwright.parallel.preview import preview
+
+    spec = parse_spec(model, **({"sequence": seq} if seq else {})).with_sequence(seq)
+    module = build_on_meta(spec.build)
+    batch, loss_fn = spec.sample(module, seq)
+    call = caller(module, module, None)
+    open_degrees: dict[str, Any] = {
+        name: 1 for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp") if getattr(plan, name) == AUTO
+    }
+
+    def function(batch: Any) -> Any:
+        output = call(batch)
+        return output if loss_fn is None else loss_fn(output, batch)
+
+    return preview(module, dataclasses.replace(plan, **open_degrees), function, with_rows(batch, items))
+
+
+def with_rows(batch: Any, rows: int) -> Any:
+    """The batch with that many rows: its own, repeated."""
+    from meshwright._torch import tensors_of, tree_map_tensors
+
+    sizes = {tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim()}
+
+    def repeat(tensor: Any) -> Any:
+        if not tensor.dim() or tensor.shape[0] not in sizes:
+            return tensor
+        return tensor[[row % tensor.shape[0] for row in range(rows)]]
+
+    return tree_map_tensors(repeat, batch)
