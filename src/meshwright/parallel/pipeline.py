@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -96,8 +97,10 @@ class Runner:
         self._flights: dict[tuple[int, int], _Flight] = {}
         self._arriving: dict[tuple[int, str, int], list[tuple[int, Tensor, dist.Work | None]]] = {}
         self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
-        apart = {(a.stage, a.microbatch) for a in self.schedule.actions[self.rank] if a.kind == "W"}
-        self._apart = frozenset(apart)
+        row = self.schedule.actions[self.rank]
+        # Where nothing comes between I and W there is nothing to gain: I does both, at once.
+        at_once = {(a.stage, a.microbatch) for a, b in pairwise(row) if (a.kind, b) == ("I", a._replace(kind="W"))}
+        self._apart = frozenset({(a.stage, a.microbatch) for a in row if a.kind == "W"} - at_once)
 
     def run(self, jobs: Sequence[Job], backward: bool = True) -> dict[int, object]:
         """Run the list for `jobs`, one for each micro-batch; return what the whole function returned for each, on the last stage.
