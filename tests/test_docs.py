@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = [
-    "model.spec=llama:layers=1,hidden=16,heads=2,vocab=256",
+    "model.spec=llama:layers=2,hidden=16,heads=2,vocab=256",
     "data.sequence_length=16",
     "data.validation_samples=4",
     "train.sample=3",

@@ -154,7 +154,8 @@ def test_slurm_is_translated() -> None:
     ("arguments", "words"),
     [
         (["--plan", "fsdpp"], ["'fsdpp'", "'fsdp'"]),
-        (["--plan", "tp=2"], ["tp=2", "not available"]),
+        (["--plan", "ep=2"], ["ep=2", "not available"]),
+        (["--plan", "tp=2", "--ranks", "2", "model.spec=gpt:heads=3,hidden=48"], ["tp=2", "3 heads", "tp=3"]),
         (["--plan", "dp_shard=3", "--ranks", "2"], ["3 ranks", "dp_shard=2"]),
         (["train.stps=3"], ["'stps'", "'steps'"]),
         (["data.global_batch=7", "--ranks", "2"], ["data.global_batch=7", "8"]),

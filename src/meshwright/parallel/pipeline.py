@@ -12,11 +12,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meshwright import _torch
 from meshwright.blueprint.tape import Value
@@ -62,10 +64,15 @@ class Job:
 
 @dataclass
 class _Flight:
-    """What a micro-batch keeps on a stage between its forward and its backward."""
+    """What a micro-batch keeps on a stage between its forward and its backward.
+
+    `given` are the results until they are sent to all of `unsent`, `roots` the places in the graph where their backwards begin.
+    """
 
     received: dict[int, Tensor] = field(default_factory=dict)
     given: dict[int, Tensor] = field(default_factory=dict)
+    unsent: set[int] = field(default_factory=set)
+    roots: dict[int, GradientEdge] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
     outgoing: dict[int, Tensor] = field(default_factory=dict)
     due: list[_Due] = field(default_factory=list)
@@ -90,8 +97,10 @@ class Runner:
         self._flights: dict[tuple[int, int], _Flight] = {}
         self._arriving: dict[tuple[int, str, int], list[tuple[int, Tensor, dist.Work | None]]] = {}
         self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
-        apart = {(a.stage, a.microbatch) for a in self.schedule.actions[self.rank] if a.kind == "W"}
-        self._apart = frozenset(apart)
+        row = self.schedule.actions[self.rank]
+        # Where nothing comes between I and W there is nothing to gain: I does both, at once.
+        at_once = {(a.stage, a.microbatch) for a, b in pairwise(row) if (a.kind, b) == ("I", a._replace(kind="W"))}
+        self._apart = frozenset({(a.stage, a.microbatch) for a in row if a.kind == "W"} - at_once)
 
     def run(self, jobs: Sequence[Job], backward: bool = True) -> dict[int, object]:
         """Run the list for `jobs`, one for each micro-batch; return what the whole function returned for each, on the last stage.
@@ -120,8 +129,11 @@ class Runner:
         if kind == "F":
             self._forward(action, job, backward)
         elif kind == "SEND_F":
-            given = self._flights[stage, microbatch].given
-            self._send([given[n].detach() for n in piece.targets.get(peer, ())], piece.targets.get(peer, ()), piece, peer)
+            flight, numbers = self._flights[stage, microbatch], piece.targets.get(peer, [])
+            self._send([flight.given[n].detach() for n in numbers], numbers, piece, peer)
+            flight.unsent.discard(peer)
+            if not flight.unsent:
+                flight.given = {}
         elif kind == "SEND_B":
             outgoing = self._flights[stage, microbatch].outgoing
             numbers = _graded(piece, piece.sources.get(peer, []))
@@ -156,11 +168,15 @@ class Runner:
         place = self.context(stage, microbatch) if here.random else nullcontext()
         with place, torch.set_grad_enabled(backward), self.watch(action):
             given, flight.output = here.program((stage, microbatch) in self._apart and backward)([*job.leaves, *taken])
-        flight.given = dict(zip(piece.given, given, strict=True))
+        made = dict(zip(piece.given, given, strict=True))
+        flight.roots = {number: get_gradient_edge(tensor) for number, tensor in made.items() if tensor.requires_grad}
         for target, numbers in piece.targets.items():
-            if self.schedule.stage_ranks[target] == self.rank:
-                later = self._flights.setdefault((target, microbatch), _Flight())
-                later.received.update({number: flight.given[number].detach() for number in numbers})
+            if self.schedule.stage_ranks[target] != self.rank:
+                flight.unsent.add(target)
+                continue
+            later = self._flights.setdefault((target, microbatch), _Flight())
+            later.received.update({number: made[number].detach() for number in numbers})
+        flight.given = made if flight.unsent else {}
 
     def _backward(self, action: Action, job: Job) -> None:
         stage, kind, microbatch, _ = action
@@ -168,10 +184,10 @@ class Runner:
         flight = self._flights[stage, microbatch]
         for number, gradient in self._arrived(stage, "B", microbatch):
             _add(flight.gradients, number, gradient)
-        roots = [flight.given[number] for number in flight.gradients if flight.given[number].requires_grad]
-        seeds = [gradient for number, gradient in flight.gradients.items() if flight.given[number].requires_grad]
+        roots = [flight.roots[number] for number in flight.gradients if number in flight.roots]
+        seeds = [gradient for number, gradient in flight.gradients.items() if number in flight.roots]
         if isinstance(flight.output, Tensor):
-            roots.append(flight.output)
+            roots.append(get_gradient_edge(flight.output))
             seeds.append(torch.full_like(flight.output, job.weight))
         with self.watch(action):
             if roots:
@@ -185,7 +201,7 @@ class Runner:
                 continue
             for number, gradient in found.items():
                 _add(self._flights[source, microbatch].gradients, number, gradient)
-        flight.given, flight.gradients, flight.received, flight.output = {}, {}, {}, None
+        flight.roots, flight.gradients, flight.received, flight.output = {}, {}, {}, None
 
     # Messages
 

@@ -109,6 +109,7 @@ class _Deferring:
 class _Apart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, run: Any, places: Any, weights: Any, due: list[_Due], *tensors: Tensor) -> Any:
+        """Run the op as a graph of its own; return its results without it."""
         with torch.enable_grad():
             inside = [t.detach().requires_grad_(w or t.requires_grad) for t, w in zip(tensors, places, strict=True)]
             outputs = run(inside)
@@ -120,6 +121,7 @@ class _Apart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Return the activations' gradients; leave what the weights' take in the queue."""
         pairs = [(o, g) for o, g in zip(ctx.outputs, gradients, strict=True) if o.requires_grad and g is not None]
         outputs, seeds = [o for o, _ in pairs], [g for _, g in pairs]
         wanted = [t for t, w in zip(ctx.inside, ctx.places, strict=True) if not w and t.requires_grad]

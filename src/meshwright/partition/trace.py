@@ -429,7 +429,7 @@ def _attempt(subject: Subject, function: Callable[[Any], Any], batch: Any, opaqu
         ):
             named = {f"model.{name}": tensor for name, tensor in state.items()}
             arguments = (function, _torch.tree_unflatten(changed, spec))
-            output = torch.func.functional_call(_Called(subject.model), named, arguments)
+            output = torch.func.functional_call(_Called(subject.model), named, arguments, tie_weights=False)
             _write_back(found, state, named)
             found.changes = _changes(subject.model, plain)
     except (_DependsOnComputed, MeshwrightError):
@@ -496,7 +496,11 @@ def _stand_ins(subject: Subject, tracer: _Tracer, found: Trace) -> dict[str, Ten
     """Fake parameters of whole shape (tied ones share one) and buffers; small integer buffers keep their values."""
     made: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
+    # A module under two names is swapped once: swapped twice, it would be given back what it got the first time.
+    again = set(_second_names(subject.model))
     for name, parameter in subject.model.named_parameters(remove_duplicate=False):
+        if name.rpartition(".")[0] in again:
+            continue
         if id(parameter) not in made:
             shape, dtype, trainable = subject.shapes[name]
             with tracer.fake:
@@ -505,6 +509,8 @@ def _stand_ins(subject: Subject, tracer: _Tracer, found: Trace) -> dict[str, Ten
             found.parameters[tracer.declare(stand_in, "parameter", name)] = name
         state[name] = made[id(parameter)]
     for name, buffer in subject.model.named_buffers(remove_duplicate=False):
+        if name.rpartition(".")[0] in again:
+            continue
         if id(buffer) not in made:
             real = not buffer.is_meta and not buffer.is_floating_point() and buffer.numel() <= LARGEST_REAL
             made[id(buffer)] = buffer.detach().cpu().clone() if real else tracer.stand_in(buffer)
@@ -513,6 +519,11 @@ def _stand_ins(subject: Subject, tracer: _Tracer, found: Trace) -> dict[str, Ten
             tracer.taint[number] = BATCH  # it may change from call to call, as a batch does
         state[name] = made[id(buffer)]
     return state
+
+
+def _second_names(model: nn.Module) -> list[str]:
+    first: dict[int, str] = {}
+    return [name for name, module in model.named_modules(remove_duplicate=False) if first.setdefault(id(module), name) != name]
 
 
 def _input(tensor: Tensor, tracer: _Tracer) -> Tensor:

@@ -1,0 +1,191 @@
+"""What a pipeline sends, holds, draws and refuses, beside computing the same numbers."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import meshwright as mw
+import parity
+import ranks
+import zoo
+from meshwright.blueprint.blocks import block_names
+from meshwright.errors import ConfigError, ModelError, PlanError
+from meshwright.partition.deferred import Queue, defer, settle
+from meshwright.partition.program import Program
+from meshwright.partition.stages import cut, edges
+from meshwright.partition.trace import Subject, Trace, trace
+
+CPU = torch.device("cpu")
+
+
+def traced(model: nn.Module, function: Any, batch: Any) -> Trace:
+    shapes = {n: (p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False)}
+    return trace(Subject(model, shapes, tuple(block_names(model))), function, batch)
+
+
+class Residual(nn.Module):
+    """Blocks whose sum is outside, a mask made from the batch, a table read at both ends, and something computed before its use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.bias = nn.Linear(8, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)) for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mask = (tokens > 3).to(self.table.weight.dtype)[..., None]
+        x = self.table(tokens)
+        early = self.bias(x)  # needed by the last stage only
+        for layer in self.layers:
+            x = x + mask * layer(x)
+        return F.linear(x + early, self.table.weight)
+
+
+def test_what_crosses_a_cut_is_the_least_that_can() -> None:
+    model, tokens = Residual(), torch.randint(0, 11, (3, 5))
+    pieces = cut(traced(model, model, tokens), [1, 2, 3, 4])
+    size = {n: tuple(pieces[0].trace.values[n].shape) for piece in pieces for n in piece.given}
+    assert [len(piece.targets.get(piece.stage + 1, [])) for piece in pieces] == [1, 1, 1, 0], "the sum is made before it is sent"
+    assert edges(pieces)[0] == ((0, 1), (0, 3), (1, 2), (2, 3)), "what only the last stage reads goes there directly"
+    assert set(size.values()) == {(3, 5, 8)}, "the mask is computed where it is used"
+    assert [piece.parameters() >= {"table.weight"} for piece in pieces] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("ends", [[1, 4], [2, 4], [1, 2, 3, 4]])
+@pytest.mark.parametrize("apart", [False, True])
+def test_pieces_one_after_another_are_the_model(ends: list[int], apart: bool) -> None:
+    torch.manual_seed(0)
+    model, tokens = Residual().double(), torch.randint(0, 11, (3, 5))
+    expected = model(tokens).sum().tanh()
+    expected.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    found = traced(model, lambda batch: model(batch).sum().tanh(), tokens)
+    values: dict[int, Tensor] = {}
+    queue, result = Queue(), None
+    for piece in cut(found, ends):
+        program = Program(defer(piece.trace, queue) if apart else piece.trace, model, frozenset(), CPU)
+        given, result = program([tokens, *(values[n] for n in piece.taken)])
+        values.update(zip(piece.given, given, strict=True))
+    assert isinstance(result, Tensor)
+    assert torch.equal(result, expected)
+    result.backward()
+    if apart:
+        assert all(p.grad is None for n, p in model.named_parameters() if n.startswith("layers")), "weights wait"
+        settle(queue.current)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-12, atol=1e-14)
+
+
+def test_deferring_covers_convolutions_norms_embeddings_and_shared_weights() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(1), nn.LayerNorm(36), nn.Linear(36, 36, bias=False)]
+    model = nn.Sequential(*layers, nn.GELU(), layers[-1], nn.PReLU()).double()
+    batch = torch.randn(3, 2, 5, 5).double()
+    model(batch).square().mean().backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    queue = Queue()
+    program = Program(defer(traced(model, lambda b: model(b).square().mean(), batch), queue), model, frozenset(), CPU)
+    program([batch]).backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    settle(queue.current)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
+
+
+def holdings(plan: str) -> dict[str, Any]:
+    case = zoo.find("gpt-8")
+    engine = mw.parallelize(
+        zoo.build("gpt-8"), plan, optimizer=parity.adamw, loss_fn=case.loss, example_batch=case.batch(0, 8), clip_grad_norm=1.0
+    )
+    engine.step(parity.share(case.batch(0, 8), engine.data_rank, engine.data_ranks))
+    here = [entry for entry in engine.table if entry.here]
+    return {
+        "names": [name for name, _ in engine.module.named_parameters()],
+        "here": {name for entry in here for name in entry.names},
+        "elements": sum(entry.shape.numel() for entry in here),
+        "live_bytes": sum(entry.live.untyped_storage().nbytes() for entry in here),
+        "state_elements": sum(p.numel() for group in engine.optimizer.param_groups for p in group["params"]),
+        "meta": all(entry.live.is_meta for entry in engine.table if not entry.here),
+    }
+
+
+def test_a_rank_holds_its_stages_and_nothing_else_under_the_models_own_names() -> None:
+    first, last = ranks.run(2, holdings, "1f1b pp=2 microbatches=2")
+    model = zoo.build("gpt-8")
+    total = sum(p.numel() for p in model.parameters())
+    assert first["names"] == last["names"] == [name for name, _ in model.named_parameters()]
+    assert first["here"] | last["here"] == {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    assert first["here"] & last["here"] == {"embedding.weight", "head.weight"}, "the tied weight, on both"
+    assert first["elements"] + last["elements"] == total + model.embedding.weight.numel()
+    for rank in (first, last):
+        assert rank["meta"]
+        assert rank["state_elements"] == rank["elements"]
+
+
+def test_zero_3_keeps_no_whole_parameters_between_steps() -> None:
+    whole = ranks.run(4, holdings, "1f1b pp=2 dp_shard=2 zero=2 microbatches=2")
+    apart = ranks.run(4, holdings, "1f1b pp=2 dp_shard=2 zero=3 microbatches=2")
+    for kept, freed in zip(whole, apart, strict=True):
+        assert kept["live_bytes"] >= 8 * kept["elements"]
+        assert freed["live_bytes"] == 0
+
+
+def dropout(plan: str) -> tuple[list[float], Tensor]:
+    torch.manual_seed(3)
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)) for _ in range(4)]
+    model = nn.Sequential(*layers).double()
+    keywords: dict[str, Any] = {"optimizer": parity.adamw, "loss_fn": lambda output, batch: output.square().mean()}
+    engine = mw.parallelize(model, plan, example_batch=torch.ones(8, 8).double(), **keywords)
+    before = torch.get_rng_state()
+    metrics = [engine.step(torch.ones(8, 8).double()).loss for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before), "the caller's generator is left alone"
+    return metrics, engine.infer(torch.ones(8, 8).double())
+
+
+def test_dropout_repeats_and_every_rank_gets_the_output() -> None:
+    one, two = (ranks.run(2, dropout, "1f1b pp=2 microbatches=2") for _ in range(2))
+    assert one[0][0] == one[1][0] == two[0][0]
+    assert one[0][0][0] != one[0][0][1]
+    assert torch.equal(one[0][1], one[1][1])
+    assert torch.equal(one[0][1], two[1][1])
+
+
+def refusals() -> list[str]:
+    case, messages = zoo.find("gpt-8"), []
+    keywords: dict[str, Any] = {"optimizer": parity.adamw, "loss_fn": case.loss}
+
+    def attempt(function: Any) -> None:
+        try:
+            function()
+        except (PlanError, ConfigError, ModelError) as error:
+            messages.append(str(error))
+
+    example = case.batch(0, 4)
+    attempt(lambda: mw.parallelize(zoo.build("gpt-8"), "1f1b pp=2 microbatches=2", **keywords))
+    attempt(lambda: mw.parallelize(zoo.build("gpt-8"), "pp=2 virtual=5 schedule=interleaved", example_batch=example, **keywords))
+    rows = keywords | {"loss_fn": zoo.CASES["rows"].loss, "example_batch": zoo.CASES["rows"].batch(0, 4)}
+    attempt(lambda: mw.parallelize(zoo.build("rows"), "pp=2", **rows))
+    attempt(lambda: mw.parallelize(zoo.build("gpt-8"), "pp=2 split=3,4", example_batch=example, **keywords))
+    engine = mw.parallelize(zoo.build("gpt-8"), "pp=2", example_batch=example, **keywords)
+    attempt(lambda: engine(example))
+    return messages
+
+
+def test_what_cannot_run_is_refused_in_one_sentence_with_what_can() -> None:
+    began = time.perf_counter()
+    missing, stages, blocks, split, by_hand = ranks.run(2, refusals)[0]
+    assert time.perf_counter() - began < 60
+    assert "pp=2 needs example_batch=" in missing
+    assert "10 stages" in stages
+    assert "8 blocks" in stages
+    assert "pp=4" not in stages or "nearest" in stages
+    assert "0 blocks" in blocks
+    assert "split=4,4" in split
+    assert "engine.step(batch)" in by_hand
+    assert all("\n" not in message for message in (missing, stages, blocks, split, by_hand))
