@@ -53,6 +53,7 @@ class Pass:
         self.values = list(source.values)
         self.tape = cast(Tape, self)  # `spread` reads `values` only
         self.graded = source.graded()
+        self.computed = source.computed()
         self.sequence = dict(source.sequence)
         self.result = Trace(calls=source.calls, changes=source.changes)
         self.states: dict[int, State] = {}
@@ -363,11 +364,11 @@ class Pass:
             if state.is_cut:
                 assert state.label is not None
                 labels[number, state.dim] = state.label
-        if self.policy.sequence and not labels and any(n in self.graded for n in op.outputs):
+        if self.policy.sequence and not labels and any(n in self.computed for n in op.outputs):
             # Where the batch meets the first weights: the sequence is cut.
-            activations = [n for n in op.inputs if n in self.graded and n not in self.weights]
+            activations = [n for n in op.inputs if n in self.computed and n not in self.weights]
             for number in op.inputs:
-                if number in self.sequence and number not in self.graded and not activations:
+                if number in self.sequence and number not in self.computed and not activations:
                     dim, label = self.sequence[number]
                     if self.axis.divides(label):
                         labels[number, dim] = label

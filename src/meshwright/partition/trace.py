@@ -95,6 +95,14 @@ class Trace:
                         written.add(self.values[op.inputs[0]].storage)
         return found
 
+    def computed(self) -> set[int]:
+        """Floats that depend on a parameter, whether a gradient flows through them or not."""
+        found = set(self.parameters)
+        for op in self.ops:
+            if is_opaque(op) or any(n in found for n in op.inputs):
+                found.update(n for n in op.outputs if _is_float(self.values[n]))
+        return found
+
 
 def _is_float(value: Value) -> bool:
     return value.dtype.is_floating_point or value.dtype.is_complex
