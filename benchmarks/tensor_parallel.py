@@ -51,7 +51,7 @@ def main() -> None:
     results: dict[str, Any] = record("cpu")
     path = arguments.json or Path(__file__).parent / "results" / "tensor_parallel-cpu.json"
     for section in list(CONFIGS) if arguments.section == "all" else [arguments.section]:
-        raw = run_ranks(4 if section == "2d" else 2, _measure, section, arguments.rounds)
+        raw = run_ranks(4 if section == "2d" else 2, _measure, section, arguments.rounds, arguments.few)
         results[section] = raw | _compare(raw)
         _print(section, results[section])
         write_json(path, results)
@@ -61,6 +61,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--section", choices=[*CONFIGS, "all"], default="all")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each contender")
+    parser.add_argument("--few", action="store_true", help="only the code by hand and meshwright's")
     parser.add_argument("--json", type=Path, help="where results go (default: benchmarks/results/tensor_parallel-cpu.json)")
     return parser.parse_args()
 
@@ -246,10 +247,12 @@ def _contenders(section: str) -> dict[str, Callable[[Job], Step]]:
 # Measuring
 
 
-def _measure(section: str, rounds: int) -> dict[str, Any]:
+def _measure(section: str, rounds: int, few: bool) -> dict[str, Any]:
     job = Job(CONFIGS[section], "cpu", sync_loss=True, micro_batch=ROWS)
     steps, absent, losses, peaks = {}, {}, {}, {}
     for name, build in _contenders(section).items():
+        if few and ("hand-written TP" not in name and name != "meshwright tp"):
+            continue
         try:
             step = build(job)
         except Exception as error:
