@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 data ?=
 
-.PHONY: train test lint clean
+.PHONY: train test test-slow lint clean
 
 # torch first, and this build of it: on machines without CUDA a range would pull gigabytes of CUDA libraries.
 $(BIN)/.installed: pyproject.toml
@@ -21,7 +21,11 @@ train: $(BIN)/.installed
 	$(BIN)/meshwright train $(if $(data),data=$(data)) $(ARGS)
 
 test: $(BIN)/.tested
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+# The long matrices: every schedule on every model, odd modules, the families of Hugging Face.
+test-slow: $(BIN)/.tested
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: $(BIN)/.tested
 	$(BIN)/ruff check .

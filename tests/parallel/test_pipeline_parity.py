@@ -6,6 +6,8 @@ import torch
 import zoo
 from parity import assert_same_as_single_device
 
+pytestmark = pytest.mark.slow
+
 SCHEDULES = [
     "layerwise",
     "gpipe microbatches=4",

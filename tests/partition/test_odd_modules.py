@@ -10,6 +10,8 @@ from odd_modules import CASES
 import meshwright as mw
 import ranks
 
+pytestmark = pytest.mark.slow
+
 WITHOUT_SEQUENCE = {"cumulativeaverage", "cutstatistics"}
 
 

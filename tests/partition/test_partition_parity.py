@@ -46,6 +46,7 @@ def test_same_with_every_attention(name: str, plan: str, world_size: int) -> Non
     assert_same_as_single_device(name, plan, world_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt-tied", "hf-llama"])
 @pytest.mark.parametrize(
     ("plan", "world_size"),
@@ -65,6 +66,7 @@ def test_same_with_other_axes(name: str, plan: str, world_size: int) -> None:
     assert_same_as_single_device(name, plan, world_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "plan"),
     [*((family, "tp=2") for family in families.FAMILIES), *((family, "cp=2") for family in families.FAMILIES[:16])],
