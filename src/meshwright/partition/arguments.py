@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 _RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 _RANDOM = {"bernoulli", "native_dropout", "rand_like", "randn_like", "uniform", "normal", "exponential", "_fused_dropout"}
-_ATTENTION = {
+ATTENTION = {
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",
@@ -85,7 +85,7 @@ class Attention:
 def attention(op: RawOp) -> tuple[Attention, list[Any]] | None:
     """The attention that a kernel op computes and its operands (query, key, value, mask or None); None for another op."""
     name = costs.base_name(op.func)
-    if name not in _ATTENTION:
+    if name not in ATTENTION:
         return None
     arguments = {a.name: value for a, value in zip(op.func._schema.arguments, op.args, strict=False)} | op.kwargs
     made = Attention(arguments.get("dropout_p", 0.0), bool(arguments.get("is_causal", False)), arguments.get("scale"))

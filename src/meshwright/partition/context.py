@@ -192,6 +192,7 @@ class Ring(Collective):
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ring: Ring) -> Tensor:
+        """Add one rank's keys after another, rescaling what there is by the change of the log-sum-exp."""
         axis, times = ring.axis, query.shape[1] // key.shape[1]
         query = query.contiguous()
         result = torch.zeros(*query.shape[:3], value.shape[3], dtype=query.dtype, device=query.device)
@@ -218,6 +219,7 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Send keys and values around again, their gradients with them, by the final log-sum-exp."""
         query, key, value, result, logsum = ctx.saved_tensors
         ring, gradient = ctx.ring, gradients[0].contiguous()
         axis, times, width = ring.axis, query.shape[1] // key.shape[1], key.shape[3]

@@ -115,7 +115,7 @@ def _with_whole_keys(trace: Trace, region: Region, axis: Axis) -> Region | None:
     if len(set(sizes.values())) < 2 or any(len(split.segments) > 1 for split in region.columns):
         return None
     heads = _query_heads(trace, region)
-    if heads % axis.size:
+    if not heads or heads % axis.size:
         return None
 
     def stays(split: Split) -> bool:
@@ -126,7 +126,7 @@ def _with_whole_keys(trace: Trace, region: Region, axis: Axis) -> Region | None:
 
 
 def _query_heads(trace: Trace, region: Region) -> int:
-    """Heads of the queries: the size of the head dim of the region's attention, or of its scores."""
+    """Heads of the queries: the size of the head dim of the region's attention, or of its scores; 0 if they have none."""
     ops = _ops(trace)
     for place in region.ops:
         op = ops[place]

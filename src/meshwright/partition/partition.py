@@ -23,6 +23,7 @@ from meshwright.blueprint.tape import RawOp, Ref, Tape, Value
 from meshwright.blueprint.trees import map_tensors
 from meshwright.partition import arguments
 from meshwright.partition.collectives import Collective, Copy, Gather, Reduce, ReduceScatter, Share, Take
+from meshwright.partition.local import Own, Randomly
 from meshwright.partition.state import COPIED, PARTIAL, WHOLE, Axis, State, cut
 from meshwright.partition.trace import Guard, Trace, TracedOp, is_opaque
 
@@ -45,7 +46,7 @@ class Policy:
 
 class Pass:
     """One run over a source trace; `result` is the local trace. `wanted` are whole parameters that were used as copied ones,
-    `gathered` counts values of regions that had to be gathered again, by the op that needed them.
+    `did_cut` says whether anything was cut.
     """
 
     def __init__(self, source: Trace, axis: Axis, policy: Policy) -> None:
@@ -61,7 +62,6 @@ class Pass:
         self.converted: dict[tuple[int, State], int] = {}
         self.weights: dict[int, int] = {}
         self.wanted: set[str] = set()
-        self.gathered: Counter[str] = Counter()
         self.did_cut = False
         self.readers = Counter(n for op in source.ops for n in set(op.inputs)) + Counter(source.output_numbers())
         self.pinned = _pinned(source)
@@ -69,6 +69,7 @@ class Pass:
         self.owned = {n for n in self.pinned if source.values[n].storage not in state}
         self.op: TracedOp | None = None
         self._views: dict[Any, tuple[int, ...]] = {}
+        self._same: dict[int, int] = {}  # a view taken again -> the first one, whose conversions it shares
 
     def run(self) -> Trace:
         """Take every op in order, then bring the outputs together."""
@@ -165,8 +166,6 @@ class Pass:
 
     def _own(self, number: int) -> None:
         """Keep a value that is written into whole on every rank, in memory of its own, laid out as the model's code saw it."""
-        from meshwright.partition.local import Own
-
         value, whole = self.values[number], self.get(number, WHOLE)
         local = self._value(value, WHOLE)
         self._append(Own(self.axis, value.strides), (Ref(whole),), {}, (local,))
@@ -194,11 +193,12 @@ class Pass:
         have = self.states[number]
         if have == want or (have.is_full and want.is_full and number not in self.graded):
             return self.own[number]
-        known = self.converted.get((number, want))
+        key = (self._same.get(number, number), want)
+        known = self.converted.get(key)
         if known is not None and number not in self.pinned:  # what was converted before a write is of before the write
             return known
         local = self._convert(number, have, want)
-        self.converted[number, want] = local
+        self.converted[key] = local
         return local
 
     def _convert(self, number: int, have: State, want: State) -> int:
@@ -210,8 +210,9 @@ class Pass:
                     return self._apply(ReduceScatter(axis, want.dim, want.label), number, self.own[number], want)
             reduced = self._apply(Reduce(axis), number, self.own[number], WHOLE)
             return reduced if want == WHOLE else self._from(number, reduced, WHOLE, want, graded)
-        if want == WHOLE and have.is_cut and (number, COPIED) in self.converted and number not in self.pinned:
-            return self._from(number, self.converted[number, COPIED], COPIED, want, graded)
+        copied = self.converted.get((self._same.get(number, number), COPIED))
+        if want == WHOLE and have.is_cut and copied is not None and number not in self.pinned:
+            return self._from(number, copied, COPIED, want, graded)
         return self._from(number, self.own[number], have, want, graded)
 
     def _from(self, number: int, local: int, have: State, want: State, graded: bool) -> int:
@@ -229,8 +230,6 @@ class Pass:
         if want.is_cut:
             gathered = self.get(number, COPIED)
             return self._from(number, gathered, COPIED, want, graded)
-        if self._is_region(number) and self.op is not None:
-            self.gathered[f"{costs.base_name(self.op.func)} in {self.op.module}"] += 1
         summed = want == COPIED and graded
         return self._apply(Gather(axis, have.dim, have.label, summed), number, local, want)
 
@@ -306,12 +305,8 @@ class Pass:
         self._define(again, self.own[first], self.states[first])
         if first in self.weights:
             self.weights[again] = self.weights[first]
-        self._aliases(first, again)
+        self._same[again] = self._same.get(first, first)
         return True
-
-    def _aliases(self, first: int, again: int) -> None:
-        """Let two source values share all their later conversions."""
-        self.converted = _Shared(self.converted, {again: first} | getattr(self.converted, "same", {}))
 
     def _out_of_place(self, op: TracedOp) -> TracedOp:
         target = op.inputs[0] if op.inputs else -1
@@ -448,8 +443,6 @@ class Pass:
         shapes = [self.shape(n, s) for n, s in results.items()]
         func, args = arguments.localize(op, args, shapes, source_state, self.axis, self.values)
         if arguments.is_random(op.func) and state.is_cut:
-            from meshwright.partition.local import Randomly
-
             func = Randomly(self.axis, func)
         self.emit(func, args, kwargs, list(results.items()))
 
@@ -470,33 +463,6 @@ class Pass:
         passes_on = arguments.kind_of(op.func) in ("view", "copy")
         if passes_on and len(op.inputs) == 1 and op.inputs[0] in self.weights:
             self.weights.update(dict.fromkeys(op.outputs, self.weights[op.inputs[0]]))
-
-
-class _Shared(dict[tuple[int, State], int]):
-    """Conversions by value, where some values are known to be the same as others."""
-
-    def __init__(self, found: dict[tuple[int, State], int], same: dict[int, int]) -> None:
-        super().__init__(found)
-        self.same = same
-
-    def get(self, key: tuple[int, State], default: Any = None) -> Any:
-        """Look up a conversion of the value or of one that it equals."""
-        return super().get((self._first(key[0]), key[1]), default)
-
-    def __setitem__(self, key: tuple[int, State], local: int) -> None:
-        super().__setitem__((self._first(key[0]), key[1]), local)
-
-    def __contains__(self, key: object) -> bool:
-        assert isinstance(key, tuple)
-        return super().__contains__((self._first(key[0]), key[1]))
-
-    def __getitem__(self, key: tuple[int, State]) -> int:
-        return super().__getitem__((self._first(key[0]), key[1]))
-
-    def _first(self, number: int) -> int:
-        while number in self.same:
-            number = self.same[number]
-        return number
 
 
 def _pinned(source: Trace) -> set[int]:

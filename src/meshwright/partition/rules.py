@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,16 +73,10 @@ def _convolution(run: Pass, op: TracedOp) -> bool:
     run.process(bare)
     shape = [1, -1] + [1] * (len(run.values[source.number].shape) - 2)
     full = [1, run.values[bias.number].shape[0], *shape[2:]]
-    run.values[shaped] = _reshaped(run, bias.number, tuple(full))
+    run.values[shaped] = replace(run.values[bias.number], shape=tuple(full))
     run.process(_step(run, op, aten.view.default, (bias, full), (shaped,)))
     run.process(_step(run, op, aten.add.Tensor, (Ref(product), Ref(shaped)), op.outputs))
     return True
-
-
-def _reshaped(run: Pass, number: int, shape: tuple[int, ...]) -> Any:
-    from dataclasses import replace
-
-    return replace(run.values[number], shape=shape)
 
 
 def _embedding(run: Pass, op: TracedOp) -> bool:
@@ -288,16 +283,10 @@ def _earlier_collective(run: Pass, op: TracedOp) -> bool:
     return True
 
 
-_KERNELS = (
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-)
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("addmm", "baddbmm"), _biased_product),
     **dict.fromkeys(("sum", "mean"), _reduction),
-    **dict.fromkeys(_KERNELS, _attention),
+    **dict.fromkeys(arguments.ATTENTION, _attention),
     **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"), _batch_norm),
     **dict.fromkeys(("copy", "share", "reduce", "reducescatter", "gather", "take", "exchange", "scale"), _earlier_collective),
     **dict.fromkeys(("attention", "causal", "ring"), _earlier_attention),

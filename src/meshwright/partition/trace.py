@@ -460,12 +460,12 @@ def _write_back(found: Trace, before: dict[str, Tensor], after: dict[str, Tensor
 
 def plain_attributes(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
     """Numbers, flags and names that modules hold, on which their Python may depend: (where it is kept, its name, its value)."""
-    return [
-        (vars(module), name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if type(value) in (bool, int, float, str, NoneType)
-    ]
+    return [(vars(module), name, value) for module in model.modules() for name, value in vars(module).items() if is_plain(value)]
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a flag, a name or None: compared by value, and safe to keep."""
+    return type(value) in (bool, int, float, str, NoneType)
 
 
 def _changes(model: nn.Module, before: list[tuple[dict[str, Any], str, Any]]) -> list[tuple[dict[str, Any], str, Any]]:
