@@ -1,6 +1,5 @@
 """What can't be is refused at once, in one sentence that names the number to change."""
 
-import time
 from typing import Any
 
 import pytest
@@ -24,10 +23,6 @@ def test_heads_that_do_not_divide() -> None:
     batch = torch.zeros(2, 12, dtype=torch.long)
     with pytest.raises(PlanError, match=r"^tp=3 does not divide the 8 heads of blocks.0.attention.query.weight: .* is tp=4$"):
         _preview(model, "tp=3", batch)
-    began = time.perf_counter()
-    with pytest.raises(PlanError):
-        _preview(model, "tp=3", batch)
-    assert time.perf_counter() - began < 5  # milliseconds; a bound that a busy machine keeps
 
 
 def test_a_vocabulary_that_does_not_divide_is_cut_unevenly_and_said_so() -> None:

@@ -74,6 +74,7 @@ def caller(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype | 
         return tree_map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, value)
 
     def call(batch: Any) -> Any:
+        """Run it on one batch."""
         if isinstance(batch, Tensor):
             return forward(cast(batch))
         if isinstance(batch, Mapping):

@@ -59,13 +59,7 @@ def parallelize(
         raise ConfigError(f"on_nonfinite={on_nonfinite!r} is unknown: use 'stop' or 'skip'")
     if clip_grad_norm is not None and not clip_grad_norm > 0:
         raise ConfigError(f"clip_grad_norm={clip_grad_norm} must be greater than 0, or None for no clipping")
-    if isinstance(model, nn.Module) and (
-        any(isinstance(child, FSDPModule) for child in model.modules())
-        or any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    ):
-        raise ModelError("this module is already sharded by an engine or by fully_shard: build a new one")
-    if not callable(model):
-        raise ConfigError(f"model must be an nn.Module or a function that builds one, not a {type(model).__name__}")
+    _check_model(model)
     parsed = Plan.parse(plan) if isinstance(plan, str) else plan
     refuse_unavailable(parsed)
     connect()
@@ -82,3 +76,14 @@ def parallelize(
         seed=seed,
     )
     return Engine(model, parsed, optimizer, settings, example_batch, device)
+
+
+def _check_model(model: object) -> None:
+    """Raise for what is no model, or is one that another engine has divided."""
+    if not callable(model):
+        raise ConfigError(f"model must be an nn.Module or a function that builds one, not a {type(model).__name__}")
+    if isinstance(model, nn.Module) and (
+        any(isinstance(child, FSDPModule) for child in model.modules())
+        or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    ):
+        raise ModelError("this module is already sharded by an engine or by fully_shard: build a new one")

@@ -163,6 +163,7 @@ class Buckets:
         padded = self.shards > 1 and (not entry.sharded or entry.shape[0] % self.shards > 0)
 
         def collect(parameter: Tensor) -> None:
+            """Move a gradient that autograd has just finished into its bucket."""
             if not self._open:
                 return  # somebody else's backward, through a loss of another model
             gradient = parameter.grad
