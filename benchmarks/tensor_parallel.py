@@ -1,11 +1,11 @@
 """Tensor parallelism and 2D: meshwright against code by hand, Hugging Face's plan, and the physical floor.
 
-    python benchmarks/tensor_parallel.py [--section 10m|50m|2d|all] [--rounds N] [--json PATH]
+    python benchmarks/tensor_parallel.py [--section 10m|50m|2d|all] [--rounds N] [--few] [--json PATH]
 
 A GPT of that many parameters (fp32, AdamW, clipping), the same global batch of 8 x 256 tokens for all, gloo ranks with one thread
 each: two of them, four in section `2d` (dp_shard=2 tp=2). The code by hand uses `parallelize_module` with local tensors between
 column and row styles, once with logits gathered, once with `loss_parallel`; the better of the two is what counts. The floor is the
-same local program with every collective left out, plus the same collectives alone. Targets: 0.85 of the code by hand in CPU
+same local program with the activations' collectives left out, plus the same collectives alone. Targets: 0.85 of the code by hand in CPU
 seconds, peak bytes at most 1.0 of it. Peak bytes are those of tensors alive at the worst moment of a step, counted per storage.
 """
 

@@ -146,7 +146,7 @@ def parity(family: str, plan: str) -> dict[str, Any]:
         for name, gradient in gradients.items()
         if name in found
     }
-    missing = set(gradients) ^ set(found) if found else set()
+    missing = set(gradients) ^ set(found)  # on rank 0; elsewhere nothing is found
     unique = {id(p): p.grad for p in reference.parameters() if p.grad is not None}
     norm = torch.stack([g.square().sum() for g in unique.values()]).sum().sqrt().item()
     return {
