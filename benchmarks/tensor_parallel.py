@@ -5,8 +5,8 @@
 A GPT of that many parameters (fp32, AdamW, clipping), the same global batch of 8 x 256 tokens for all, gloo ranks with one thread
 each: two of them, four in section `2d` (dp_shard=2 tp=2). The code by hand uses `parallelize_module` with local tensors between
 column and row styles, once with logits gathered, once with `loss_parallel`; the better of the two is what counts. The floor is the
-same local program with the activations' collectives left out, plus the same collectives alone. Targets: 0.85 of the code by hand in CPU
-seconds, peak bytes at most 1.0 of it. Peak bytes are those of tensors alive at the worst moment of a step, counted per storage.
+same local program with the activations' collectives left out, plus these alone. Targets: 0.85 of the code by hand
+in CPU seconds, peak bytes at most 1.0 of it. Peak bytes are those of tensors alive at the worst moment of a step, per storage.
 """
 
 from __future__ import annotations
