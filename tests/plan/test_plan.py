@@ -32,7 +32,9 @@ plans = st.builds(
     virtual=st.integers(1, 8),
     microbatches=st.integers(0, 64),
     recompute=st.sampled_from(["none", "selective", "full", "budget=8GB"]),
-    offload=st.sampled_from(["none", "optimizer:cpu", "optimizer:nvme=/scratch/x,params:cpu"]),
+    offload=st.sampled_from(
+        ["none", "optimizer:cpu", "optimizer:nvme=/scratch/x,params:cpu", "activations:cpu@0.5,activations:nvme=/s@.25"]
+    ),
     precision=st.sampled_from(["fp32", "bf16", "fp16"]),
     compile=st.booleans(),
 )
@@ -92,6 +94,7 @@ def test_named_plans_mean_what_the_field_means() -> None:
         ("precision=fp31", ["fp31", "fp32"]),
         ("sp=yes", ["sp=yes", "on nor off"]),
         ("offload=disk", ["offload=disk"]),
+        ("offload=params:cpu@0.7,params:nvme=/s@0.4", ["1.1 of params"]),
         ("recompute=all", ["recompute=all"]),
     ],
 )

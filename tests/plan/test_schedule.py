@@ -64,13 +64,15 @@ def run_in_any_order(schedule: Schedule) -> None:
                 while asked[link] and sent.get(link):
                     message = sent[link].pop(0)
                     assert message == asked[link].pop(0)
-                    here[rank].add(message[:3])
+                    here[rank].add(message)
             pairs = schedule.edges if kind == "F" else schedule.gradients
-            needs = [(a, "F", m) for a, b in pairs if b == stage] if kind == "F" else [(b, "B", m) for a, b in pairs if a == stage]
-            if not set(needs) <= here[rank]:
+            sources = [a for a, b in pairs if b == stage] if kind == "F" else [b for a, b in pairs if a == stage]
+            made = "F" if kind == "F" else "B"
+            # What another rank made is a message to this very stage; what this rank made itself lies here.
+            if not {(s, made, m) if owners[s] == rank else (s, made, m, stage) for s in sources} <= here[rank]:
                 stuck.add(rank)
                 continue
-            here[rank].add((stage, "F" if kind == "F" else "B", m))
+            here[rank].add((stage, made, m))
         at[rank] += 1
     assert not any(sent.values())
     assert not any(asked.values())

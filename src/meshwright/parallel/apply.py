@@ -156,7 +156,8 @@ def refuse_unavailable(plan: Plan) -> None:
     """Raise `PlanError` for a legal plan that this version does not execute yet."""
     default = Plan()
     pipeline = () if plan.pp != 1 else ("schedule", "virtual", "split")
-    for name in ("ep", *pipeline, "recompute", "offload", "compile"):
+    memory = ("recompute", "offload", "optimizer_state", "master", "update", "clip", "loss_chunks")
+    for name in ("ep", *pipeline, *memory, "compile"):
         if getattr(plan, name) != getattr(default, name):
             item = str(Plan(**{name: getattr(plan, name)}))
             raise PlanError(

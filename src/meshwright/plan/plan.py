@@ -22,12 +22,16 @@ AUTO = 0
 _DEGREES = ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "cp_attention": ("auto", "allgather", "ring", "ulysses"),
+    "clip": ("exact", "delayed", "two_pass"),
+    "master": ("fp32", "kahan", "stochastic"),
+    "optimizer_state": ("fp32", "bf16", "int8"),
     "precision": ("fp32", "bf16", "fp16", "fp8"),
     "schedule": SCHEDULES,
+    "update": ("step", "backward"),
 }
 _AUTO_ALLOWED = ("dp_replicate", "dp_shard", "tp", "cp", "pp", "microbatches")
 _MICROBATCHES_PER_STAGE = 4  # keeps the bubble of 1f1b under a fifth: (P - 1) / (5P - 1)
-_OFFLOAD = re.compile(r"(optimizer|params|activations):(cpu|nvme=\S+)")
+_OFFLOAD = re.compile(r"(optimizer|params|activations):(cpu|nvme=[^\s,@]+)(?:@(0?\.\d+|1(?:\.0*)?))?")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,13 @@ class Plan:
     3 also parameters. `microbatches` is the number of parts that each rank cuts its batch into before one update; `AUTO` becomes
     4 per pipeline stage, and 1 without a pipeline. `split` is `balanced`, or where the pipeline is cut: the number of blocks of
     each stage (`5,4,3`) or the block that each stage but the first begins with (`layers.5,layers.9`).
+    `recompute` says which activations the backward computes again (`budget=BYTES` picks the cheapest that fit in so many bytes
+    of saved activations on a rank). `offload` lists what lies elsewhere, each for all of it or for the fraction after `@`:
+    `optimizer:cpu@0.5,optimizer:nvme=/scratch@0.3,activations:cpu`. `optimizer_state` is the storage of the optimizer's states,
+    `master` what keeps small updates from being lost under `bf16`: an fp32 copy, Kahan's compensation, or stochastic rounding.
+    `update=backward` updates each weight as soon as its gradient is whole and frees the gradient; `clip` says what norm it clips
+    by then: the last step's (`delayed`) or this step's, found by a first pass (`two_pass`). `loss_chunks` computes the head and
+    the loss in so many parts, one part's logits at a time.
     `cp_attention` is how attention meets the sequence cut by `cp` (`auto` takes what moves the fewest bytes).
     `data_parallel` is torch's single-process `nn.DataParallel` over the local devices (the plan named `dp`).
     """
@@ -57,6 +68,11 @@ class Plan:
     split: str = "balanced"
     recompute: str = "none"
     offload: str = "none"
+    optimizer_state: str = "fp32"
+    master: str = "fp32"
+    update: str = "step"
+    clip: str = "exact"
+    loss_chunks: int = 1
     cp_attention: str = "auto"
     precision: str = "fp32"
     compile: bool = False
@@ -67,7 +83,7 @@ class Plan:
         for field in dataclasses.fields(self):
             if type(getattr(self, field.name)).__name__ != field.type:
                 raise PlanError(f"{field.name}={getattr(self, field.name)!r} must be of type {field.type}")
-        for name in (*_DEGREES, "virtual", "microbatches"):
+        for name in (*_DEGREES, "virtual", "microbatches", "loss_chunks"):
             value = getattr(self, name)
             least = AUTO if name in _AUTO_ALLOWED else 1
             if value < least:
@@ -81,10 +97,7 @@ class Plan:
                 raise PlanError(f"{name}={value} is unknown: the nearest is {name}={near} (one of {', '.join(choices)})")
         if not re.fullmatch(r"none|selective|full|budget=\d+[KMGT]?B?", self.recompute):
             raise PlanError(f"recompute={self.recompute} is unknown: use none, selective, full or budget=BYTES")
-        if self.offload != "none":
-            for part in self.offload.split(","):
-                if not _OFFLOAD.fullmatch(part):
-                    raise PlanError(f"offload={part} is unknown: use optimizer, params or activations with :cpu or :nvme=DIR")
+        offloads(self.offload)
         _check_pipeline(self)
         if self.data_parallel and self.degree_product() not in (0, 1):
             raise PlanError("the plan dp is one process over the local devices: it takes no other axis")
@@ -185,6 +198,33 @@ _SUGGESTED: dict[str, dict[str, Any]] = {
 _NAMED |= _PIPELINE
 NAMED_PLANS = tuple(_NAMED)
 """The named plans; which of them this version executes is `parallel/apply.py`'s to say."""
+
+
+@dataclass(frozen=True)
+class Offload:
+    """One item of `offload=`: a `fraction` of the bytes of `what` lies on the host (`directory` None) or under `directory`."""
+
+    what: str
+    directory: str | None
+    fraction: float
+
+
+def offloads(text: str) -> tuple[Offload, ...]:
+    """Read the plan's `offload` text. Raises `PlanError` for a part that says nothing known, or for more than all of something."""
+    found = []
+    for part in () if text == "none" else text.split(","):
+        match = _OFFLOAD.fullmatch(part)
+        if match is None:
+            raise PlanError(
+                f"offload={part} is unknown: use optimizer, params or activations with :cpu or :nvme=DIR, and @FRACTION for a part"
+            )
+        what, where, fraction = match.groups()
+        found.append(Offload(what, where.partition("=")[2] or None, float(fraction or 1)))
+    for what in sorted({item.what for item in found}):
+        total = sum(item.fraction for item in found if item.what == what)
+        if total > 1 + 1e-9:
+            raise PlanError(f"offload={text} moves {total:g} of {what}: the fractions of one thing add up to at most 1")
+    return tuple(found)
 
 
 def _check_pipeline(plan: Plan) -> None:
