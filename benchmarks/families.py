@@ -16,7 +16,9 @@ from typing import Any
 
 from common import record, run_ranks, table, write_json
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+sys.path.insert(0, str(TESTS / "blueprint"))
+sys.path.insert(0, str(TESTS))
 
 import families
 

@@ -76,7 +76,7 @@ def test_pieces_one_after_another_are_the_model(ends: list[int], apart: bool) ->
     result.backward()
     if apart:
         assert all(p.grad is None for n, p in model.named_parameters() if n.startswith("layers")), "weights wait"
-        settle(queue.current)
+        settle(queue.current, list(model.parameters()))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-12, atol=1e-14)
 
@@ -93,7 +93,7 @@ def test_deferring_covers_convolutions_norms_embeddings_and_shared_weights() -> 
     program = Program(defer(traced(model, lambda b: model(b).square().mean(), batch), queue), model, frozenset(), CPU)
     program([batch]).backward()
     assert all(parameter.grad is None for parameter in model.parameters())
-    settle(queue.current)
+    settle(queue.current, list(model.parameters()))
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
 

@@ -131,8 +131,7 @@ class Engine:
             counts = [self._settings.count_fn(part) if part is not None else 0 for part in parts]
             self._expect(sum(counts))
             if self.pipeline is not None:
-                self._flow(parts, counts)
-                self._reduce_rest()
+                self._flow(parts, counts, last=True)
                 return self._update(optimizer)
             for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
                 self._micro_step(part, int(count), last=index == len(parts) - 1)
@@ -158,13 +157,17 @@ class Engine:
             if self._applied.buckets is not None:
                 self._applied.buckets.finish()
 
-    def _flow(self, parts: list[Any], counts: list[int]) -> None:
+    def _flow(self, parts: list[Any], counts: list[int], last: bool) -> None:
         assert self._expected is not None
-        expected = self._expected
+        expected, buckets = self._expected, self._applied.buckets
         self._wake()
+        if buckets is not None:
+            buckets.begin(last, self._sums, held=True)
         found = self._run(lambda: flow(self, parts, counts, lambda count: self.loss_scale.value * count / expected))
         for loss, count in found:
             self._add(loss, count)
+        if buckets is not None:
+            buckets.finish()
 
     @torch.no_grad()
     def _wake(self) -> None:
@@ -251,7 +254,7 @@ class Engine:
         parts = split(plain(batch), self.plan.microbatches)
         counts = [int(self._settings.count_fn(part)) if part is not None else 0 for part in parts]
         self._expect(sum(counts))
-        self._flow(parts, counts)
+        self._flow(parts, counts, last=False)
 
     def backward(self, loss: Tensor) -> None:
         """Differentiate a loss that is the mean over the items of the batches the engine was called with since the last backward.
@@ -297,8 +300,6 @@ class Engine:
     def _reduce_rest(self) -> None:
         if self._applied.buckets is not None and not self._applied.buckets.reduced:
             self._begin(last=True)
-            if self.pipeline is not None:
-                self._applied.buckets.take_accumulated()
             self._applied.buckets.finish()
 
     # Inside a step

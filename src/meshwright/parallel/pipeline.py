@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from meshwright import _torch
 from meshwright.blueprint.tape import Value
 from meshwright.partition.arguments import is_random, writes
-from meshwright.partition.deferred import Queue, _Due, defer, settle
+from meshwright.partition.deferred import Due, Queue, defer, settle
 from meshwright.partition.program import Program
 from meshwright.partition.stages import Piece
 from meshwright.partition.trace import is_opaque
@@ -36,6 +36,8 @@ class Stage:
     def __init__(self, piece: Piece, model: nn.Module, device: torch.device, bound: dict[str, Tensor]) -> None:
         self.piece, self.model, self.device, self.bound = piece, model, device, bound
         self.queue = Queue()
+        held = {id(bound[name]): bound[name] for name in sorted(piece.parameters()) if name in bound}
+        self.weights = [tensor for tensor in held.values() if tensor.requires_grad]
         self.random = any(is_random(op.func) or is_opaque(op) for op in piece.trace.ops)
         # What a leaf of autograd holds can't be written to.
         self.writes = any(writes(op.func) for op in piece.trace.ops)
@@ -75,7 +77,7 @@ class _Flight:
     roots: dict[int, GradientEdge] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
     outgoing: dict[int, Tensor] = field(default_factory=dict)
-    due: list[_Due] = field(default_factory=list)
+    due: Due = field(default_factory=Due)
     output: object = None
 
 
@@ -83,7 +85,8 @@ class _Flight:
 class Runner:
     """Runs one step's lists on one rank. `context(stage, micro-batch)` is entered around forwards that draw random numbers.
 
-    `watch(action)` is entered around the computing of every F, B, I and W, without the waiting (to measure or to profile).
+    `watch(action)` is entered around the computing of every F, B, I and W, without the waiting (to measure or to profile);
+    `differentiated(action)` is called when a B or a W is done, and what it gave later stages has been sent.
     """
 
     schedule: Schedule
@@ -92,6 +95,7 @@ class Runner:
     device: torch.device
     context: Callable[[int, int], AbstractContextManager[None]]
     watch: Callable[[Action], AbstractContextManager[Any]] = lambda _: nullcontext()
+    differentiated: Callable[[Action], None] = lambda _: None
 
     def __post_init__(self) -> None:
         self._flights: dict[tuple[int, int], _Flight] = {}
@@ -109,15 +113,22 @@ class Runner:
         it, with the same number of jobs.
         """
         outputs: dict[int, object] = {}
+        done: list[Action] = []
         for action in self.schedule.actions[self.rank]:
             if not backward and action.kind not in ("F", "SEND_F", "RECV_F"):
                 continue
+            while done and action.computes:
+                self.differentiated(done.pop())
             self._do(action, jobs[action.microbatch], backward)
             if action.kind == "F" and action.stage == self.schedule.stages - 1:
                 flight = self._flights[action.stage, action.microbatch]
                 outputs[action.microbatch] = _torch.tree_map_tensors(Tensor.detach, flight.output)
             if not backward and action.kind == "F":
                 self._flights[action.stage, action.microbatch].received.clear()
+            if action.kind in ("B", "W"):
+                done.append(action)
+        while done:
+            self.differentiated(done.pop())
         while self._leaving:
             self._leaving.popleft()[0].wait()
         self._flights.clear()
@@ -143,7 +154,7 @@ class Runner:
             self._arriving.setdefault((stage, kind[-1], microbatch), []).extend(self._receive(numbers, piece, peer))
         elif kind == "W":
             with self.watch(action):
-                settle(self._flights[stage, microbatch].due)
+                settle(self._flights[stage, microbatch].due, job.stages[stage].weights)
         else:
             self._backward(action, job)
         while self._leaving and self._leaving[0][0].is_completed():
@@ -168,7 +179,7 @@ class Runner:
         place = self.context(stage, microbatch) if here.random else nullcontext()
         with place, torch.set_grad_enabled(backward), self.watch(action):
             given, flight.output = here.program((stage, microbatch) in self._apart and backward)([*job.leaves, *taken])
-        made = dict(zip(piece.given, given, strict=True))
+        made = {n: tensor.clone() if n in piece.copied else tensor for n, tensor in zip(piece.given, given, strict=True)}
         flight.roots = {number: get_gradient_edge(tensor) for number, tensor in made.items() if tensor.requires_grad}
         for target, numbers in piece.targets.items():
             if self.schedule.stage_ranks[target] != self.rank:
@@ -193,7 +204,7 @@ class Runner:
             if roots:
                 torch.autograd.backward(roots, seeds)
             if kind == "B":
-                settle(flight.due)
+                settle(flight.due, job.stages[stage].weights)
         for source, numbers in piece.sources.items():
             found = {number: _gradient(flight.received[number]) for number in _graded(piece, numbers)}
             if self.schedule.stage_ranks[source] != self.rank:

@@ -22,41 +22,26 @@ from meshwright.partition.trace import Guard, Trace, TracedOp, is_opaque
 
 
 @dataclass
-class _Due:
-    """One op's weight gradients, still to be computed: outputs and their gradients, weights inside and as the model has them."""
+class Due:
+    """Weight gradients still to be computed: the outputs of ops in graphs of their own, and the outputs' gradients."""
 
-    outputs: list[Tensor]
-    gradients: list[Tensor]
-    inside: list[Tensor]
-    weights: list[Tensor]
+    outputs: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
 class Queue:
-    """Where a forward's ops are to leave their weight gradients: `current` is the list of the micro-batch that runs."""
+    """Where a forward's ops are to leave their weight gradients: `current` is that of the micro-batch that runs."""
 
-    current: list[_Due] = field(default_factory=list)
+    current: Due = field(default_factory=Due)
 
 
-def settle(due: list[_Due]) -> None:
-    """Compute the weight gradients that a micro-batch left, and add them to the parameters'. Empties the list."""
-    roots: list[Tensor] = []
-    seeds: list[Tensor] = []
-    for item in due:
-        gradients = torch.autograd.grad(item.outputs, item.inside, item.gradients, allow_unused=True)
-        for weight, gradient in zip(item.weights, gradients, strict=True):
-            if gradient is None:
-                continue
-            if weight.grad_fn is not None:  # made from parameters by other ops (a transpose, a cast)
-                roots.append(weight)
-                seeds.append(gradient)
-            elif weight.grad is None:
-                weight.grad = gradient
-            else:
-                weight.grad += gradient
-    due.clear()
-    if roots:
-        torch.autograd.backward(roots, seeds)
+def settle(due: Due, weights: Sequence[Tensor]) -> None:
+    """Add the weight gradients that a micro-batch left to those of the leaves `weights`, in one backward. Empties `due`."""
+    outputs, gradients = due.outputs, due.gradients
+    due.outputs, due.gradients = [], []
+    if outputs:
+        torch.autograd.backward(outputs, gradients, inputs=weights)
 
 
 def defer(trace: Trace, queue: Queue) -> Trace:
@@ -100,21 +85,21 @@ class _Deferring:
             return _torch.tensors_of(self.op(*again, **named))
 
         weights = [tensor for tensor, is_weight in zip(tensors, self.weights, strict=True) if is_weight]
+        others = [tensor for tensor, is_weight in zip(tensors, self.weights, strict=True) if not is_weight]
         anchor = weights[0].new_empty(0).requires_grad_()  # so that the op is in the graph though its activations may not be
-        given = [tensor.detach() if is_weight else tensor for tensor, is_weight in zip(tensors, self.weights, strict=True)]
-        outputs: tuple[Tensor, ...] = _Apart.apply(anchor, run, self.weights, weights, self.queue.current, *given)  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = _Apart.apply(anchor, run, self.weights, weights, self.queue.current, *others)  # type: ignore[no-untyped-call]
         return outputs[0] if len(outputs) == 1 else outputs
 
 
 class _Apart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, run: Any, places: Any, weights: Any, due: list[_Due], *tensors: Tensor) -> Any:
-        """Run the op as a graph of its own; return its results without it."""
+    def forward(ctx: Any, anchor: Tensor, run: Any, places: Any, weights: Any, due: Due, *others: Tensor) -> Any:
+        """Run the op as a graph of its own, on the weights themselves; return its results without it."""
         with torch.enable_grad():
-            inside = [t.detach().requires_grad_(w or t.requires_grad) for t, w in zip(tensors, places, strict=True)]
-            outputs = run(inside)
-        ctx.places, ctx.weights, ctx.due = places, weights, due
-        ctx.inside, ctx.outputs = inside, outputs
+            inside = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in others]
+            mixed, own = iter(inside), iter(weights)
+            outputs = run([next(own) if is_weight else next(mixed) for is_weight in places])
+        ctx.due, ctx.inside, ctx.outputs = due, inside, outputs
         results = tuple(output.detach() for output in outputs)
         ctx.mark_non_differentiable(*(r for r, o in zip(results, outputs, strict=True) if not o.requires_grad))
         return results
@@ -124,12 +109,11 @@ class _Apart(torch.autograd.Function):
         """Return the activations' gradients; leave what the weights' take in the queue."""
         pairs = [(o, g) for o, g in zip(ctx.outputs, gradients, strict=True) if o.requires_grad and g is not None]
         outputs, seeds = [o for o, _ in pairs], [g for _, g in pairs]
-        wanted = [t for t, w in zip(ctx.inside, ctx.places, strict=True) if not w and t.requires_grad]
+        wanted = [tensor for tensor in ctx.inside if tensor.requires_grad]
         found = torch.autograd.grad(outputs, wanted, seeds, retain_graph=True, allow_unused=True) if wanted and outputs else ()
-        inside = [t for t, w in zip(ctx.inside, ctx.places, strict=True) if w]
-        if outputs:
-            ctx.due.append(_Due(outputs, seeds, inside, ctx.weights))
+        ctx.due.outputs += outputs
+        ctx.due.gradients += seeds
         by_tensor = {id(t): g for t, g in zip(wanted, found, strict=True)} if found else {}
         result = [by_tensor.get(id(t)) for t in ctx.inside]
-        del ctx.inside, ctx.outputs, ctx.weights
+        del ctx.inside, ctx.outputs
         return (None, None, None, None, None, *result)
