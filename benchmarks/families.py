@@ -16,9 +16,8 @@ from typing import Any
 
 from common import record, run_ranks, table, write_json
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path.insert(0, str(TESTS / "blueprint"))
-sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "blueprint"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import families
 

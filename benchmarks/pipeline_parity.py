@@ -19,9 +19,8 @@ from typing import Any
 
 from common import record, write_json
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path.insert(0, str(TESTS / "blueprint"))
-sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "blueprint"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import families
 import parity

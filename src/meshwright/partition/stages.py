@@ -112,15 +112,15 @@ def refuse_shared_memory(trace: Trace, ends: Sequence[int]) -> None:
                 away = [there for o, there, read in uses if read and there != stage and (_changes(o) or set(read) & state)]
                 if away:
                     raise ModelError(
-                        f"{kept[home]} is changed in {where} on stage {stage} of {len(ends)}, and used on stage {away[0]} for another "
-                        "micro-batch at that time: give all its uses to one stage with split=, or use pp=1"
+                        f"{kept[home]} is changed in {where} on stage {stage} of {len(ends)}, and used on stage {away[0]} for "
+                        "another micro-batch at that time: give all its uses to one stage with split=, or use pp=1"
                     )
                 continue
             for _, there, read in uses[at + 1 :]:
                 if any(made.get(n, stage) < stage and (n != target.number or there > stage) for n in read):
                     raise ModelError(
-                        f"{where} changes in place, on stage {stage} of {len(ends)}, a tensor of an earlier stage that is read later "
-                        "under another name: use the op that returns a new tensor, or pp=1"
+                        f"{where} changes in place, on stage {stage} of {len(ends)}, a tensor of an earlier stage that is read "
+                        "later under another name: use the op that returns a new tensor, or pp=1"
                     )
 
 
