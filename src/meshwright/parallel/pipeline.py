@@ -8,12 +8,12 @@ Bytes per micro-batch and edge: those tensors forward, the gradients of the floa
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from meshwright.partition.deferred import Due, Queue, defer, settle
 from meshwright.partition.program import Program
 from meshwright.partition.stages import Piece
 from meshwright.partition.trace import is_opaque
+from meshwright.plan.lowering import direction
 from meshwright.plan.schedule import Action, Schedule
 
 
@@ -81,6 +82,13 @@ class _Flight:
     output: object = None
 
 
+class _Arrival(NamedTuple):
+    """A message on its way: its RECV, and (number, tensor, what to wait for) of each tensor in it."""
+
+    action: Action
+    parts: list[tuple[int, Tensor, dist.Work | None]]
+
+
 @dataclass
 class Runner:
     """Runs one step's lists on one rank. `context(stage, micro-batch)` is entered around forwards that draw random numbers.
@@ -99,8 +107,9 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._flights: dict[tuple[int, int], _Flight] = {}
-        self._arriving: dict[tuple[int, str, int], list[tuple[int, Tensor, dist.Work | None]]] = {}
-        self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
+        self._arriving: dict[tuple[int, str, int], list[_Arrival]] = {}
+        self._leaving: dict[Action, list[tuple[dist.Work, Tensor]]] = {}
+        self._receipts = receipts(self.schedule, self.rank)
         row = self.schedule.actions[self.rank]
         # Where nothing comes between I and W there is nothing to gain: I does both, at once.
         at_once = {(a.stage, a.microbatch) for a, b in pairwise(row) if (a.kind, b) == ("I", a._replace(kind="W"))}
@@ -129,8 +138,8 @@ class Runner:
                 done.append(action)
         while done:
             self.differentiated(done.pop())
-        while self._leaving:
-            self._leaving.popleft()[0].wait()
+        for send in list(self._leaving):
+            self._sent(send)
         self._flights.clear()
         return outputs
 
@@ -141,24 +150,24 @@ class Runner:
             self._forward(action, job, backward)
         elif kind == "SEND_F":
             flight, numbers = self._flights[stage, microbatch], piece.targets.get(peer, [])
-            self._send([flight.given[n].detach() for n in numbers], numbers, piece, peer)
+            self._send(action, [flight.given[n].detach() for n in numbers], numbers, piece)
             flight.unsent.discard(peer)
             if not flight.unsent:
                 flight.given = {}
         elif kind == "SEND_B":
             outgoing = self._flights[stage, microbatch].outgoing
             numbers = _graded(piece, piece.sources.get(peer, []))
-            self._send([outgoing.pop(n) for n in numbers], numbers, piece, peer)
+            self._send(action, [outgoing.pop(n) for n in numbers], numbers, piece)
         elif kind in ("RECV_F", "RECV_B"):
             numbers = piece.sources.get(peer, []) if kind == "RECV_F" else _graded(piece, piece.targets.get(peer, []))
-            self._arriving.setdefault((stage, kind[-1], microbatch), []).extend(self._receive(numbers, piece, peer))
+            self._arriving.setdefault((stage, kind[-1], microbatch), []).append(
+                _Arrival(action, self._receive(numbers, piece, peer))
+            )
         elif kind == "W":
             with self.watch(action):
                 settle(self._flights[stage, microbatch].due, job.stages[stage].weights)
         else:
             self._backward(action, job)
-        while self._leaving and self._leaving[0][0].is_completed():
-            self._leaving.popleft()
 
     # Computing
 
@@ -216,14 +225,19 @@ class Runner:
 
     # Messages
 
-    def _send(self, tensors: Sequence[Tensor], numbers: Sequence[int], piece: Piece, peer: int) -> None:
-        to = self.schedule.stage_ranks[peer]
+    def _send(self, action: Action, tensors: Sequence[Tensor], numbers: Sequence[int], piece: Piece) -> None:
+        to = self.schedule.stage_ranks[action.peer]
         for tensor, number in zip(tensors, numbers, strict=True):
             packed = tensor.permute(_order(piece.trace.values[number])).contiguous()
             if packed.numel():
                 work = dist.isend(packed, group=self.group, group_dst=to)  # one tensor alive across a cut, over pp
                 assert work is not None
-                self._leaving.append((work, packed))
+                self._leaving.setdefault(action, []).append((work, packed))
+
+    def _sent(self, send: Action) -> None:
+        """Let go of what a message held, once it is known to have been taken in: this does not wait."""
+        for work, _ in self._leaving.pop(send, ()):
+            work.wait()
 
     def _receive(self, numbers: Sequence[int], piece: Piece, peer: int) -> list[tuple[int, Tensor, dist.Work | None]]:
         found: list[tuple[int, Tensor, dist.Work | None]] = []
@@ -239,11 +253,37 @@ class Runner:
         return found
 
     def _arrived(self, stage: int, way: str, microbatch: int) -> list[tuple[int, Tensor]]:
-        arriving = self._arriving.pop((stage, way, microbatch), [])
-        for _, _, work in arriving:
-            if work is not None:
-                work.wait()
-        return [(number, tensor) for number, tensor, _ in arriving]
+        found: list[tuple[int, Tensor]] = []
+        for arrival in self._arriving.pop((stage, way, microbatch), ()):
+            for number, tensor, work in arrival.parts:
+                if work is not None:
+                    work.wait()
+                found.append((number, tensor))
+            if any(work is not None for _, _, work in arrival.parts):
+                for send in self._receipts.get(arrival.action, ()):
+                    self._sent(send)
+        return found
+
+
+@lru_cache(maxsize=256)
+def receipts(schedule: Schedule, rank: int) -> dict[Action, list[Action]]:
+    """For each of a rank's RECVs, those of its SENDs that the other end has used before it sent that: their memory is free.
+
+    No backend has to be asked (gloo knows only when it is waited for). Each SEND is named at most once.
+    """
+    found: dict[Action, list[Action]] = {}
+    for row in (row for other, row in enumerate(schedule.actions) if other != rank):
+        awaited: dict[tuple[int, str, int], list[Action]] = {}
+        used: list[Action] = []
+        for stage, kind, microbatch, peer in row:
+            if peer < 0:
+                used += awaited.pop((stage, direction(kind), microbatch), [])
+            elif schedule.stage_ranks[peer] == rank and kind.startswith("RECV"):
+                send = Action(peer, f"SEND_{kind[-1]}", microbatch, stage)
+                awaited.setdefault((stage, kind[-1], microbatch), []).append(send)
+            elif schedule.stage_ranks[peer] == rank:
+                found[Action(peer, f"RECV_{kind[-1]}", microbatch, stage)], used = used, []
+    return found
 
 
 def _order(value: Value) -> list[int]:

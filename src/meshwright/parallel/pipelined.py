@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from meshwright import _torch
 from meshwright.blueprint import costs
 from meshwright.blueprint.tape import Ref
-from meshwright.errors import ConfigError, ModelError
+from meshwright.errors import ConfigError, DataError, ModelError
 from meshwright.parallel.buckets import Buckets
 from meshwright.parallel.parameters import Parameter, replace_live
 from meshwright.parallel.partitioned import Function, Partition
@@ -261,6 +261,16 @@ def refuse_output(plan: Plan) -> None:
             f"pp={plan.pp}: the model's output is made on its last stage only, so a pipeline trains by engine.step(batch), or by "
             "engine.accumulate(batch) and engine.optimizer_step()"
         )
+
+
+def refuse_short(plan: Plan, rows: int, ranks: Ranks) -> None:
+    """Raise `DataError` on every rank for batches of too few rows; every rank must call it, with its own number of them."""
+    most = torch.tensor(rows, device=ranks.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)  # 8 bytes over every rank
+    raise DataError(
+        f"microbatches={plan.microbatches}: the first batch has {most.item()} rows on a data rank, so the nearest that works is "
+        f"microbatches={max(1, int(most))}, or more rows"
+    )
 
 
 def _seconds(found: Trace, rates: Rates) -> list[float]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshwright import _torch
+from meshwright.blueprint.tape import Ref
 from meshwright.partition.arguments import writes
 from meshwright.partition.collectives import Collective
 from meshwright.partition.trace import Guard, Trace, TracedOp, is_opaque
@@ -47,7 +47,8 @@ def settle(due: Due, weights: Sequence[Tensor]) -> None:
 def defer(trace: Trace, queue: Queue) -> Trace:
     """Return the trace with every op that mixes weights and activations replaced by one that defers its weight gradients.
 
-    In-place ops, opaque modules and collectives stay: their weights' gradients come with the input gradients.
+    In-place ops, opaque modules, collectives and ops on lists of tensors stay: their weights' gradients come with the input
+    gradients.
     """
     graded = trace.graded()
     state = {*trace.parameters, *trace.buffers, *trace.constants}
@@ -58,50 +59,54 @@ def defer(trace: Trace, queue: Queue) -> Trace:
         if own and op.grad and set(op.inputs) <= state | weights:
             weights.update(n for n in op.outputs if n in graded)
         elif own and op.grad and not (writes(op.func) or is_opaque(op) or isinstance(op.func, Collective | Guard)):
-            op = replace(op, func=_Deferring(op.func, [n in weights for n in op.inputs], queue))
+            places = [at for at, value in enumerate(op.args) if isinstance(value, Ref)]
+            if len(places) == len(op.inputs):
+                marks = [(at, number in weights) for at, number in zip(places, op.inputs, strict=True)]
+                op = replace(op, func=_Deferring(op.func, marks, queue))
         ops.append(op)
     return replace(trace, ops=ops)
 
 
 class _Deferring:
-    """An op whose weight gradients wait in a queue: `weights` says which of its tensors are weights."""
+    """An op whose weight gradients wait in a queue: `marks` are the arguments that hold tensors, and whether they are weights."""
 
     tags: tuple[Any, ...] = ()
 
-    def __init__(self, op: Callable[..., Any], weights: Sequence[bool], queue: Queue) -> None:
-        self.op, self.weights, self.queue = op, tuple(weights), queue
+    def __init__(self, op: Callable[..., Any], marks: Sequence[tuple[int, bool]], queue: Queue) -> None:
+        self.op, self.queue = op, queue
+        self.weights = [at for at, is_weight in marks if is_weight]
+        self.others = [at for at, is_weight in marks if not is_weight]
         self.__name__ = f"deferring_{getattr(op, '__name__', 'op').replace('.', '_')}"
         self.__module__ = "meshwright"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, spec = _torch.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not torch.is_grad_enabled() or len(tensors) != len(self.weights):
+        if not torch.is_grad_enabled():
             return self.op(*args, **kwargs)
+        others = [args[at] for at in self.others]
+        anchor = args[self.weights[0]].new_empty(0).requires_grad_()  # in the graph, though its activations may not be
 
-        def run(operands: Sequence[Tensor]) -> list[Tensor]:
-            filled = iter(operands)
-            again, named = _torch.tree_unflatten([next(filled) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
-            return _torch.tensors_of(self.op(*again, **named))
+        def run(operands: Sequence[Tensor]) -> Sequence[Tensor]:
+            filled = list(args)
+            for at, operand in zip(self.others, operands, strict=True):
+                filled[at] = operand
+            made = self.op(*filled, **kwargs)
+            return (made,) if isinstance(made, Tensor) else [tensor for tensor in made if isinstance(tensor, Tensor)]
 
-        weights = [tensor for tensor, is_weight in zip(tensors, self.weights, strict=True) if is_weight]
-        others = [tensor for tensor, is_weight in zip(tensors, self.weights, strict=True) if not is_weight]
-        anchor = weights[0].new_empty(0).requires_grad_()  # so that the op is in the graph though its activations may not be
-        outputs: tuple[Tensor, ...] = _Apart.apply(anchor, run, self.weights, weights, self.queue.current, *others)  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = _Apart.apply(anchor, run, self.queue.current, *others)  # type: ignore[no-untyped-call]
         return outputs[0] if len(outputs) == 1 else outputs
 
 
 class _Apart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, run: Any, places: Any, weights: Any, due: Due, *others: Tensor) -> Any:
+    def forward(ctx: Any, anchor: Tensor, run: Any, due: Due, *others: Tensor) -> Any:
         """Run the op as a graph of its own, on the weights themselves; return its results without it."""
         with torch.enable_grad():
             inside = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in others]
-            mixed, own = iter(inside), iter(weights)
-            outputs = run([next(own) if is_weight else next(mixed) for is_weight in places])
+            outputs = run(inside)
         ctx.due, ctx.inside, ctx.outputs = due, inside, outputs
         results = tuple(output.detach() for output in outputs)
-        ctx.mark_non_differentiable(*(r for r, o in zip(results, outputs, strict=True) if not o.requires_grad))
+        if not all(output.requires_grad for output in outputs):
+            ctx.mark_non_differentiable(*(r for r, o in zip(results, outputs, strict=True) if not o.requires_grad))
         return results
 
     @staticmethod
@@ -110,10 +115,11 @@ class _Apart(torch.autograd.Function):
         pairs = [(o, g) for o, g in zip(ctx.outputs, gradients, strict=True) if o.requires_grad and g is not None]
         outputs, seeds = [o for o, _ in pairs], [g for _, g in pairs]
         wanted = [tensor for tensor in ctx.inside if tensor.requires_grad]
-        found = torch.autograd.grad(outputs, wanted, seeds, retain_graph=True, allow_unused=True) if wanted and outputs else ()
+        found = iter(
+            torch.autograd.grad(outputs, wanted, seeds, retain_graph=True, allow_unused=True) if wanted and outputs else ()
+        )
         ctx.due.outputs += outputs
         ctx.due.gradients += seeds
-        by_tensor = {id(t): g for t, g in zip(wanted, found, strict=True)} if found else {}
-        result = [by_tensor.get(id(t)) for t in ctx.inside]
+        result = [next(found, None) if tensor.requires_grad else None for tensor in ctx.inside]
         del ctx.inside, ctx.outputs
-        return (None, None, None, None, None, *result)
+        return (None, None, None, *result)
