@@ -16,6 +16,7 @@ from typing import Any
 
 from common import record, run_ranks, table, write_json
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "blueprint"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import families

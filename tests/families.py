@@ -9,12 +9,13 @@ import warnings
 from typing import Any
 
 import torch
+from huggingface import SMALL
 from torch import Tensor, nn
 
 import meshwright as mw
-from blueprint.huggingface import SMALL
 from meshwright import losses
 from meshwright.errors import MeshwrightError
+from parity import share
 
 FAMILIES = (
     *("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "bert", "t5", "vit", "whisper"),
@@ -26,13 +27,10 @@ SINGLE_PRECISION_INSIDE = {"gemma", "gemma2", "gptj", "cohere", "codegen"}
 
 _EXTRA: dict[str, Any] = {
     "ffn_dim": 96,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 96,
     "decoder_ffn_dim": 96,
-    "num_decoder_layers": 2,
     "d_kv": 16,
     "image_size": 16,
     "patch_size": 4,
@@ -41,7 +39,6 @@ _EXTRA: dict[str, Any] = {
     "max_target_positions": 32,
     "n_head": 4,
     "n_heads": 4,
-    "n_layers": 2,
     "n_inner": 96,
     "dim": 64,
     "hidden_dim": 96,
@@ -54,18 +51,22 @@ _EXTRA: dict[str, Any] = {
     "decoder_start_token_id": 0,
     "attn_implementation": "sdpa",
 }
-_FEW = {"num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "pad_token_id": 1}
+_LAYERS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    *("encoder_layers", "decoder_layers", "num_decoder_layers"),
+)
 VOCAB = 128
 
 
-def build(family: str) -> nn.Module:
-    """The family's model with a head, float64, without dropout."""
+def build(family: str, layers: int = 2) -> nn.Module:
+    """The family's model with a head, float64, without dropout; `layers` in the encoder and as many in the decoder, if any."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[family]
     defaults = kind().to_dict()
-    sizes = {key: value for key, value in (SMALL | _EXTRA | _FEW).items() if key in defaults and defaults[key] is not None}
+    wanted = SMALL | _EXTRA | dict.fromkeys(_LAYERS, layers) | {"pad_token_id": 1}
+    sizes = {key: value for key, value in wanted.items() if key in defaults and defaults[key] is not None}
     sizes.pop("attn_implementation", None)
     if "num_key_value_heads" in sizes:
         sizes["num_key_value_heads"] = 2
@@ -113,17 +114,17 @@ def _count(entries: Any) -> int:
     return int((entries["labels"] != losses.IGNORED).sum())
 
 
-def parity(family: str, plan: str) -> dict[str, Any]:
+def parity(family: str, plan: str, layers: int = 2, rows: int = 4) -> dict[str, Any]:
     """Largest relative error of loss and gradients, how many parameters are cut, or the refusal."""
     torch.set_num_threads(1)
-    entries = batch(family)
-    reference = build(family)
+    entries = batch(family, rows)
+    reference = build(family, layers)
     expected = _loss(_forward(reference, entries), entries)
     expected.backward()
     gradients = {n: p.grad for n, p in reference.named_parameters(remove_duplicate=False) if p.grad is not None}
     try:
         engine = mw.parallelize(
-            build(family),
+            build(family, layers),
             plan,
             optimizer=lambda params: torch.optim.SGD(params, lr=0.0),
             loss_fn=_loss,
@@ -131,11 +132,17 @@ def parity(family: str, plan: str) -> dict[str, Any]:
             forward_fn=_forward,
             example_batch=entries,
         )
-        metrics = engine.step(entries)
-        engine(entries)
-        engine.zero_grad()
-        loss = _loss(engine(entries), entries)
-        engine.backward(loss)
+        mine = share(entries, engine.data_rank, engine.data_ranks)
+        metrics = engine.step(mine)
+        if engine.pipeline is None:
+            engine(mine)
+            engine.zero_grad()
+            loss = _loss(engine(mine), mine)
+            engine.backward(loss)
+        else:
+            engine.accumulate(mine)
+        if engine.pipeline is not None or engine.data_ranks > 1:
+            loss = expected  # by hand a rank has the loss of its share, or of its stages: nothing to compare
         found = engine.full_gradients()
     except MeshwrightError as error:
         return {"refused": f"{type(error).__name__}: {error}"}

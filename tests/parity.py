@@ -7,6 +7,7 @@ steps, in float64 to a relative 1e-9.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ def _forward(model: torch.nn.Module, batch: Any, name: str) -> Any:
     return model(batch[0] if isinstance(batch, tuple) else batch)
 
 
+@lru_cache(maxsize=4)
 def reference(name: str, dtype: torch.dtype = torch.float64, rows: int = ROWS, steps: int = STEPS) -> dict[str, Any]:
     case = zoo.find(name)
     model = zoo.build(name, dtype)
@@ -107,35 +109,41 @@ def under_plan(
     return result if engine.ranks.rank == 0 else {"losses": result["losses"], "norms": result["norms"]}
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float, floor: float = 1e-12) -> bool:
-    if not expected.numel():
-        return found.shape == expected.shape
-    if expected.dtype == torch.float32:
-        tolerance = max(tolerance, 2e-5)
-    scale = max(floor, expected.abs().max().item())
-    return found.shape == expected.shape and bool(((found - expected).abs().max() / scale) <= tolerance)
+def _error(found: Tensor, expected: Tensor, floor: float = 1e-12) -> float:
+    """Largest difference relative to the largest expected value (at least `floor`)."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return ((found - expected).abs().max() / max(floor, expected.abs().max().item())).item() if expected.numel() else 0.0
 
 
-def assert_same_as_single_device(name: str, plan: str, world_size: int, dtype: torch.dtype = torch.float64) -> None:
+def _tolerance(expected: Tensor, tolerance: float) -> float:
+    return max(tolerance, 2e-5) if expected.dtype == torch.float32 else tolerance
+
+
+def errors(name: str, plan: str, world_size: int, dtype: torch.dtype = torch.float64) -> dict[str, dict[str, float]]:
+    """Largest relative errors of losses, norms, each gradient and each weight, those above their tolerance by name in `wrong`.
+
+    Fails if ranks disagree, or if tensors are missing.
+    """
     tolerance = {torch.float64: 1e-9, torch.float32: 2e-5}[dtype]
     expected = reference(name, dtype)
     found = ranks.run(world_size, under_plan, name, plan, dtype)
     for rank in found[1:]:
         assert rank["losses"] == found[0]["losses"], "ranks disagree on the loss"
         assert rank["norms"] == found[0]["norms"], "ranks disagree on the norm"
-    for key in ("losses", "norms"):
-        assert close(torch.tensor(found[0][key]).double(), torch.tensor(expected[key]).double(), tolerance), (
-            key,
-            found[0][key],
-            expected[key],
-        )
-    for key in ("gradients", "weights"):
-        assert set(found[0][key]) == set(expected[key]), set(found[0][key]) ^ set(expected[key])
+    result: dict[str, dict[str, float]] = {"wrong": {}}
+    for key in ("losses", "norms", "gradients", "weights"):
+        one, other = found[0][key], expected[key]
+        if isinstance(other, list):
+            one, other = ({"": torch.tensor(values, dtype=torch.float64)} for values in (one, other))
+        assert set(one) == set(other), set(one) ^ set(other)
         # A gradient that is zero but for rounding (a key's bias under softmax) is measured against the model's largest.
-        floor = 1e-3 * max(v.abs().max().item() for v in expected[key].values() if v.numel())
-        wrong = {
-            n: (found[0][key][n] - v).abs().max().item()
-            for n, v in expected[key].items()
-            if not close(found[0][key][n], v, tolerance, floor)
-        }
-        assert not wrong, (key, wrong)
+        floor = 1e-12 if key in ("losses", "norms") else 1e-3 * max(v.abs().max().item() for v in other.values() if v.numel())
+        result[key] = {n: _error(one[n], v, floor) for n, v in other.items()}
+        too_far = {n: error for n, error in result[key].items() if not error <= _tolerance(other[n], tolerance)}
+        result["wrong"] |= {f"{key} {n}": error for n, error in too_far.items()}
+    return result
+
+
+def assert_same_as_single_device(name: str, plan: str, world_size: int, dtype: torch.dtype = torch.float64) -> None:
+    assert not (wrong := errors(name, plan, world_size, dtype)["wrong"]), wrong

@@ -60,11 +60,11 @@ class EncoderDecoder(nn.Module):
 
 
 class ResNet(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 3) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, bias=False)) for _ in range(3)
+            nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, bias=False)) for _ in range(layers)
         )
         self.head = nn.Linear(8, 5)
         self.temperature = nn.Parameter(torch.tensor(1.5))  # a scalar
@@ -101,8 +101,8 @@ class LowRank(nn.Module):
         return self.base(x) + F.linear(F.linear(x, self.down), self.up)
 
 
-def _lora() -> nn.Module:
-    model = Decoder(llama(layers=2, hidden=16, heads=2, vocab=VOCAB, sequence=12)).requires_grad_(False)
+def _lora(layers: int = 2) -> nn.Module:
+    model = Decoder(llama(layers=layers, hidden=16, heads=2, vocab=VOCAB, sequence=12)).requires_grad_(False)
     for block in model.blocks:
         block.attention.query = LowRank(block.attention.query)
         block.attention.value = LowRank(block.attention.value)
@@ -112,9 +112,9 @@ def _lora() -> nn.Module:
 class Unused(nn.Module):
     """One parameter that is never used, one module that only some batches use, and a non-persistent buffer."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 3) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
         self.sometimes = nn.Linear(8, 8)
         self.never = nn.Parameter(torch.ones(7, 3))
         self.head = nn.Linear(8, 3)
@@ -160,18 +160,25 @@ def _vectors(step: int, rows: int) -> Tensor:
     return torch.randn(rows, 5, generator=torch.Generator().manual_seed(4000 + step)).double()
 
 
-def _hugging_face(kind: str) -> nn.Module:
+def _hugging_face(kind: str, layers: int = 2) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     if kind == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(
-                n_layer=2, n_embd=16, n_head=2, vocab_size=VOCAB, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+                n_layer=layers,
+                n_embd=16,
+                n_head=2,
+                vocab_size=VOCAB,
+                n_positions=32,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
             )
         )
     return LlamaForCausalLM(
         LlamaConfig(
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             hidden_size=16,
             intermediate_size=24,
             num_attention_heads=4,
@@ -231,13 +238,13 @@ CASES: dict[str, Case] = {
 
 
 class UNet(nn.Module):
-    """Seven blocks; what each of the first three makes jumps to one of the last three, which work in place."""
+    """As many blocks down as up; what each of the first makes jumps to one of the last, which work in place."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 3) -> None:
         super().__init__()
-        self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.SiLU()) for _ in range(3))
+        self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.SiLU()) for _ in range(depth))
         self.middle = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.SiLU())
-        self.up = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 4, 3, padding=1), nn.ReLU(inplace=True)) for _ in range(3))
+        self.up = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 4, 3, padding=1), nn.ReLU(inplace=True)) for _ in range(depth))
         self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -264,10 +271,10 @@ class DeepEncoderDecoder(nn.Module):
         return {"logits": F.linear(hidden, self.embedding.weight)}
 
 
-def _t5() -> nn.Module:
+def _t5(layers: int = 2) -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 2, "vocab_size": VOCAB}
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": layers, "vocab_size": VOCAB}
     return T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
 
 
@@ -291,6 +298,16 @@ DEEP: dict[str, Case] = {
     "encoder-decoder-8": Case(DeepEncoderDecoder, _pairs, _dict_loss, _COUNT),
     "unet": Case(UNet, _pixels, _class_loss),
     "hf-t5": Case(_t5, _t5_batch, _logits_loss, _COUNT),
+    "gpt-learned-8": Case(
+        lambda: Decoder(gpt(layers=8, hidden=16, heads=2, vocab=VOCAB, sequence=12)), _tokens, losses.cross_entropy
+    ),
+    "hf-gpt2-8": Case(lambda: _hugging_face("gpt2", 8), _named, losses.cross_entropy),
+    "hf-llama-8": Case(lambda: _hugging_face("llama", 8), _named, losses.cross_entropy),
+    "hf-t5-8": Case(lambda: _t5(4), _t5_batch, _logits_loss, _COUNT),
+    "resnet-8": Case(lambda: ResNet(8), _pixels, _class_loss),
+    "unet-8": Case(lambda: UNet(4), _pixels, _class_loss),
+    "lora-8": Case(lambda: _lora(8), _tokens, losses.cross_entropy),
+    "unused-8": Case(lambda: Unused(8), _flagged, _extra_loss),
 }
 """Models with room for more stages, for pipelines only."""
 

@@ -5,9 +5,9 @@ Each borrowed name has a line saying why it is needed; everything else in the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_unflatten as tree_unflatten
+
+T = TypeVar("T")
 
 # torch 2.13 renamed these two and warns at every call of the old name; 2.11 knows only the old one.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -296,3 +298,12 @@ def is_functional_view(op: Any) -> bool:
 def is_in_place(op: Any) -> bool:
     """Whether an ATen op writes into one of its arguments, by its schema. Tried on 2.11 to 2.13."""
     return any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments)
+
+
+def written(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], kind: type[T]) -> list[T]:
+    """Return the arguments of type `kind` that an ATen op writes into, by its schema; none for anything else. Tried as above."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return []
+    given = [args[at] if at < len(args) else kwargs.get(a.name) for at, a in enumerate(op._schema.arguments)]
+    marked = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
+    return [value for value, is_written in zip(given, marked, strict=True) if is_written and isinstance(value, kind)]

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,10 +16,15 @@ import ranks
 import zoo
 from meshwright.blueprint.blocks import block_names
 from meshwright.errors import ConfigError, ModelError, PlanError
+from meshwright.parallel.pipeline import receipts
 from meshwright.partition.deferred import Queue, defer, settle
 from meshwright.partition.program import Program
 from meshwright.partition.stages import cut, edges
 from meshwright.partition.trace import Subject, Trace, trace
+from meshwright.plan.lowering import direction
+from meshwright.plan.orders import SCHEDULES
+from meshwright.plan.schedule import build, chain
+from meshwright.plan.simulate import StageCost, simulate
 
 CPU = torch.device("cpu")
 
@@ -76,7 +83,7 @@ def test_pieces_one_after_another_are_the_model(ends: list[int], apart: bool) ->
     result.backward()
     if apart:
         assert all(p.grad is None for n, p in model.named_parameters() if n.startswith("layers")), "weights wait"
-        settle(queue.current)
+        settle(queue.current, list(model.parameters()))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-12, atol=1e-14)
 
@@ -93,9 +100,33 @@ def test_deferring_covers_convolutions_norms_embeddings_and_shared_weights() -> 
     program = Program(defer(traced(model, lambda b: model(b).square().mean(), batch), queue), model, frozenset(), CPU)
     program([batch]).backward()
     assert all(parameter.grad is None for parameter in model.parameters())
-    settle(queue.current)
+    settle(queue.current, list(model.parameters()))
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SCHEDULES), st.integers(2, 4), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
+def test_what_a_rank_has_sent_is_let_go_of_only_when_it_was_used(name: str, ranks: int, v: int, m: int, slow: int) -> None:
+    v = 2 if name in ("zbv", "dualpipev") else 1 if name in ("1f1b", "gpipe", "layerwise") else v
+    m = 1 if name == "layerwise" else max(m, 2 * ranks) if name == "dualpipev" else m
+    edges = tuple(sorted({*chain(ranks * v), (0, ranks * v - 1)}))
+    schedule = build(name, ranks, v, m, edges)
+    costs = [StageCost(1 + (stage * slow) % 5, 2, 1 + slow % 3) for stage in range(schedule.stages)]
+    when = {(s.action.stage, direction(s.action.kind), s.action.microbatch): s for s in simulate(schedule, costs).spans}
+    for rank in range(ranks):
+        named = [send for sends in receipts(schedule, rank).values() for send in sends]
+        assert len(set(named)) == len(named)
+        assert set(named) <= set(schedule.actions[rank])
+        activations = {a for a in schedule.actions[rank] if a.kind == "SEND_F"}
+        assert activations <= set(named), "their gradients come back"
+        for receive, sends in receipts(schedule, rank).items():
+            assert receive in schedule.actions[rank]
+            made = when[receive.peer, receive.kind[-1], receive.microbatch]
+            for send in sends:
+                used = when[send.peer, send.kind[-1], send.microbatch]
+                assert used.rank == made.rank
+                assert used.start_s <= made.start_s
 
 
 def holdings(plan: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from meshwright import _torch
 from meshwright.engine import norm, state
-from meshwright.engine.batch import caller, plain, scalar, split, to_device
+from meshwright.engine.batch import caller, plain, rows, scalar, split, to_device
 from meshwright.engine.flow import flow, loss_without_backward, output_without_backward
 from meshwright.engine.ledger import Ledger
 from meshwright.engine.metrics import Metrics
@@ -35,7 +35,7 @@ from meshwright.errors import ConfigError, DataError, TrainingError
 from meshwright.parallel import fsdp
 from meshwright.parallel.apply import COMPUTE_DTYPES, Reading, apply, average_batch_norms
 from meshwright.parallel.partitioned import needs_example, sum_parts
-from meshwright.parallel.pipelined import refuse_output, sum_shared
+from meshwright.parallel.pipelined import refuse_output, refuse_short, sum_shared
 from meshwright.parallel.ranks import build_ranks
 from meshwright.plan import Plan
 
@@ -129,10 +129,9 @@ class Engine:
             self._clear()  # whatever somebody else's backward left
             parts = split(plain(batch), self.plan.microbatches)
             counts = [self._settings.count_fn(part) if part is not None else 0 for part in parts]
-            self._expect(sum(counts))
+            self._expect(sum(counts), rows(plain(batch)) if self.pipeline is not None else 0)
             if self.pipeline is not None:
-                self._flow(parts, counts)
-                self._reduce_rest()
+                self._flow(parts, counts, last=True)
                 return self._update(optimizer)
             for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
                 self._micro_step(part, int(count), last=index == len(parts) - 1)
@@ -158,13 +157,17 @@ class Engine:
             if self._applied.buckets is not None:
                 self._applied.buckets.finish()
 
-    def _flow(self, parts: list[Any], counts: list[int]) -> None:
+    def _flow(self, parts: list[Any], counts: list[int], last: bool) -> None:
         assert self._expected is not None
-        expected = self._expected
+        expected, buckets = self._expected, self._applied.buckets
         self._wake()
+        if buckets is not None:
+            buckets.begin(last, self._sums, held=True)
         found = self._run(lambda: flow(self, parts, counts, lambda count: self.loss_scale.value * count / expected))
         for loss, count in found:
             self._add(loss, count)
+        if buckets is not None:
+            buckets.finish()
 
     @torch.no_grad()
     def _wake(self) -> None:
@@ -250,8 +253,8 @@ class Engine:
             self._by_hand = True
         parts = split(plain(batch), self.plan.microbatches)
         counts = [int(self._settings.count_fn(part)) if part is not None else 0 for part in parts]
-        self._expect(sum(counts))
-        self._flow(parts, counts)
+        self._expect(sum(counts), rows(plain(batch)))
+        self._flow(parts, counts, last=False)
 
     def backward(self, loss: Tensor) -> None:
         """Differentiate a loss that is the mean over the items of the batches the engine was called with since the last backward.
@@ -297,8 +300,6 @@ class Engine:
     def _reduce_rest(self) -> None:
         if self._applied.buckets is not None and not self._applied.buckets.reduced:
             self._begin(last=True)
-            if self.pipeline is not None:
-                self._applied.buckets.take_accumulated()
             self._applied.buckets.finish()
 
     # Inside a step
@@ -319,14 +320,20 @@ class Engine:
         assert self._expected is not None
         (loss * (self.loss_scale.value * count / self._expected)).backward()
 
-    def _expect(self, count: int) -> None:
-        """Before the first step agree on the number of items that losses are divided by: one number, all-reduced once."""
+    def _expect(self, count: int, rows_here: int = 0) -> None:
+        """Before the first step agree on the number of items that losses are divided by: two numbers, all-reduced once.
+
+        A pipeline also refuses a first batch that fills its micro-batches on no rank; later ones (an epoch's last) may be short.
+        """
         if self._expected is None:
             counted = self.ranks.speaks and self.ranks.pp_rank == 0
-            total = torch.tensor(float(count) * counted, dtype=torch.float64, device=self.ranks.device)
+            fills = self.pipeline is None or rows_here >= self.plan.microbatches
+            total = torch.tensor([float(count) * counted, float(fills)], dtype=torch.float64, device=self.ranks.device)
             if self.ranks.mesh is not None:
                 dist.all_reduce(total)
-            self._expected = max(1.0, total.item())
+            if not total[1]:
+                refuse_short(self.plan, rows_here, self.ranks)
+            self._expected = max(1.0, total[0].item())
 
     def _keep_company(self, part: Any) -> None:
         """Send the collectives of a forward and backward under zero=3 without adding to any gradient."""

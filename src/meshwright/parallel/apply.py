@@ -108,6 +108,8 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     if ranks.group("data") is not None or compute_dtype is not None:
         stage = 0 if plan.dp_shard == 1 else min(plan.zero, 2)
         buckets = Buckets(left, ranks, stage, compute_dtype, sleeps) if any(entry.trainable for entry in left) else None
+    if pipeline is not None:
+        pipeline.buckets = buckets
     if partition is not None and not sleeps:
         partition.as_dtensors(left, ranks)
     forward: Callable[..., object] = module

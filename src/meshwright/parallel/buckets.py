@@ -21,7 +21,7 @@ path, or that have no data at all, still send the same collectives; what a rank 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -95,13 +95,14 @@ class Buckets:
         self._early = stage == 2
         self._twice = False
         self._last = True
+        self._held = False
         self._next = 0
         self._sums = torch.zeros(2)
-        self._collectors: list[tuple[Parameter, Callable[[Tensor], None]]] = []
+        self._places: dict[int, tuple[_Bucket, int, Callable[[Tensor], None]]] = {}
         for bucket in self.buckets:
             for index, entry in enumerate(bucket.entries):
                 collect = self._hook(bucket, index)
-                self._collectors.append((entry, collect))
+                self._places[id(entry)] = (bucket, index, collect)
                 entry.live.register_post_accumulate_grad_hook(collect)
 
     def _split(self, entry: Parameter, compute_dtype: torch.dtype | None) -> None:
@@ -152,9 +153,12 @@ class Buckets:
 
     # During the backward
 
-    def begin(self, last: bool, sums: Tensor) -> None:
-        """Prepare for one backward; `last` says it is the step's last, whose `sums` [2] (loss, items) travel in a tail."""
-        self._open, self._last, self._next, self._sums = True, last, 0, sums
+    def begin(self, last: bool, sums: Tensor, held: bool = False) -> None:
+        """Prepare for one backward; `last` says it is the step's last, whose `sums` [2] (loss, items) travel in a tail.
+
+        `held` (a pipeline's): there will be many backwards, and a bucket leaves when all of its entries have been released.
+        """
+        self._open, self._last, self._held, self._next, self._sums = True, last, held, 0, sums
         for bucket in self.buckets:
             bucket.waiting = set(range(len(bucket.entries)))
 
@@ -177,12 +181,30 @@ class Buckets:
             if gradient.is_sparse:
                 gradient = gradient.to_dense()
             self._write(bucket, index, gradient, padded)
+            if self._held:
+                return
             bucket.waiting.discard(index)
             if not bucket.waiting and self._early and (self._last or self.stage == 2):
-                while self._next < len(self.buckets) and not self.buckets[self._next].waiting:
-                    self._launch(self.buckets[self._next])
+                self._launch_ready()
 
         return collect
+
+    def _launch_ready(self) -> None:
+        while self._next < len(self.buckets) and not self.buckets[self._next].waiting:
+            self._launch(self.buckets[self._next])
+
+    def take(self, entries: Iterable[Parameter]) -> None:
+        """Collect gradients that were put beside parameters without a backward (weight gradients computed apart)."""
+        for entry in entries:
+            if entry.live.grad is not None and id(entry) in self._places:
+                self._places[id(entry)][2](entry.live)
+
+    def release(self, entries: Iterable[Parameter]) -> None:
+        """No more gradients come for these in the step: send the buckets that are complete, in the one order for all ranks."""
+        for bucket, index, _ in (self._places[id(entry)] for entry in entries if id(entry) in self._places):
+            bucket.waiting.discard(index)
+        if self._last:
+            self._launch_ready()
 
     def _again(self, bucket: _Bucket, entry: Parameter) -> None:
         """Take note that a parameter got a second gradient in one backward, while it can still be added."""
@@ -270,16 +292,10 @@ class Buckets:
             bucket.part[: bucket.width] += bucket.kept[: bucket.width]
         bucket.kept, bucket.part = bucket.part, None
 
-    def take_accumulated(self) -> None:
-        """Collect what backwards that no `begin` preceded have left in the parameters (a pipeline's), as if it came now."""
-        for entry, collect in self._collectors:
-            if entry.live.grad is not None:
-                collect(entry.live)
-
     def finish(self) -> None:
         """End one backward: send what is left, with zeros for what this rank did not compute, and wait for all of it."""
         self._open = False
-        if not (self._last or self.stage == 2):
+        if not (self._last or (self.stage == 2 and not self._held)):
             return
         self._early = not self._twice
         while self._next < len(self.buckets):

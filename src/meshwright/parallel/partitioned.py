@@ -141,6 +141,7 @@ class Partition:
             shapes.update(dict.fromkeys(entry.names, (entry.whole, self._dtype(entry), entry.trainable)))
         found = trace(Subject(self.module, shapes, self.blocks), function, batch)
         found.sequence = follow_sequence(found)
+        self._plain = plain_attributes(self.module)  # its Python may have made new ones
         return found
 
     def _passes(self, found: Trace) -> list[Pass]:
@@ -206,7 +207,6 @@ class Partition:
                 except Stale:
                     continue
         local = self.local(function, batch)
-        self._plain = plain_attributes(self.module)
         program = Program(local, self.module, self.units, tensors[0].device, self.bound())
         programs.insert(0, program)
         del programs[8:]

@@ -8,12 +8,12 @@ Bytes per micro-batch and edge: those tensors forward, the gradients of the floa
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from meshwright import _torch
 from meshwright.blueprint.tape import Value
 from meshwright.partition.arguments import is_random, writes
-from meshwright.partition.deferred import Queue, _Due, defer, settle
+from meshwright.partition.deferred import Due, Queue, defer, settle
 from meshwright.partition.program import Program
 from meshwright.partition.stages import Piece
 from meshwright.partition.trace import is_opaque
+from meshwright.plan.lowering import direction
 from meshwright.plan.schedule import Action, Schedule
 
 
@@ -36,6 +37,8 @@ class Stage:
     def __init__(self, piece: Piece, model: nn.Module, device: torch.device, bound: dict[str, Tensor]) -> None:
         self.piece, self.model, self.device, self.bound = piece, model, device, bound
         self.queue = Queue()
+        held = {id(bound[name]): bound[name] for name in sorted(piece.parameters()) if name in bound}
+        self.weights = [tensor for tensor in held.values() if tensor.requires_grad]
         self.random = any(is_random(op.func) or is_opaque(op) for op in piece.trace.ops)
         # What a leaf of autograd holds can't be written to.
         self.writes = any(writes(op.func) for op in piece.trace.ops)
@@ -75,15 +78,23 @@ class _Flight:
     roots: dict[int, GradientEdge] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
     outgoing: dict[int, Tensor] = field(default_factory=dict)
-    due: list[_Due] = field(default_factory=list)
+    due: Due = field(default_factory=Due)
     output: object = None
+
+
+class _Arrival(NamedTuple):
+    """A message on its way: its RECV, and (number, tensor, what to wait for) of each tensor in it."""
+
+    action: Action
+    parts: list[tuple[int, Tensor, dist.Work | None]]
 
 
 @dataclass
 class Runner:
     """Runs one step's lists on one rank. `context(stage, micro-batch)` is entered around forwards that draw random numbers.
 
-    `watch(action)` is entered around the computing of every F, B, I and W, without the waiting (to measure or to profile).
+    `watch(action)` is entered around the computing of every F, B, I and W, without the waiting (to measure or to profile);
+    `differentiated(action)` is called when a B or a W is done, and what it gave later stages has been sent.
     """
 
     schedule: Schedule
@@ -92,11 +103,13 @@ class Runner:
     device: torch.device
     context: Callable[[int, int], AbstractContextManager[None]]
     watch: Callable[[Action], AbstractContextManager[Any]] = lambda _: nullcontext()
+    differentiated: Callable[[Action], None] = lambda _: None
 
     def __post_init__(self) -> None:
         self._flights: dict[tuple[int, int], _Flight] = {}
-        self._arriving: dict[tuple[int, str, int], list[tuple[int, Tensor, dist.Work | None]]] = {}
-        self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
+        self._arriving: dict[tuple[int, str, int], list[_Arrival]] = {}
+        self._leaving: dict[Action, list[tuple[dist.Work, Tensor]]] = {}
+        self._receipts = receipts(self.schedule, self.rank)
         row = self.schedule.actions[self.rank]
         # Where nothing comes between I and W there is nothing to gain: I does both, at once.
         at_once = {(a.stage, a.microbatch) for a, b in pairwise(row) if (a.kind, b) == ("I", a._replace(kind="W"))}
@@ -109,17 +122,24 @@ class Runner:
         it, with the same number of jobs.
         """
         outputs: dict[int, object] = {}
+        done: list[Action] = []
         for action in self.schedule.actions[self.rank]:
             if not backward and action.kind not in ("F", "SEND_F", "RECV_F"):
                 continue
+            while done and action.computes:
+                self.differentiated(done.pop())
             self._do(action, jobs[action.microbatch], backward)
             if action.kind == "F" and action.stage == self.schedule.stages - 1:
                 flight = self._flights[action.stage, action.microbatch]
                 outputs[action.microbatch] = _torch.tree_map_tensors(Tensor.detach, flight.output)
             if not backward and action.kind == "F":
                 self._flights[action.stage, action.microbatch].received.clear()
-        while self._leaving:
-            self._leaving.popleft()[0].wait()
+            if action.kind in ("B", "W"):
+                done.append(action)
+        while done:
+            self.differentiated(done.pop())
+        for send in list(self._leaving):
+            self._sent(send)
         self._flights.clear()
         return outputs
 
@@ -130,24 +150,24 @@ class Runner:
             self._forward(action, job, backward)
         elif kind == "SEND_F":
             flight, numbers = self._flights[stage, microbatch], piece.targets.get(peer, [])
-            self._send([flight.given[n].detach() for n in numbers], numbers, piece, peer)
+            self._send(action, [flight.given[n].detach() for n in numbers], numbers, piece)
             flight.unsent.discard(peer)
             if not flight.unsent:
                 flight.given = {}
         elif kind == "SEND_B":
             outgoing = self._flights[stage, microbatch].outgoing
             numbers = _graded(piece, piece.sources.get(peer, []))
-            self._send([outgoing.pop(n) for n in numbers], numbers, piece, peer)
+            self._send(action, [outgoing.pop(n) for n in numbers], numbers, piece)
         elif kind in ("RECV_F", "RECV_B"):
             numbers = piece.sources.get(peer, []) if kind == "RECV_F" else _graded(piece, piece.targets.get(peer, []))
-            self._arriving.setdefault((stage, kind[-1], microbatch), []).extend(self._receive(numbers, piece, peer))
+            self._arriving.setdefault((stage, kind[-1], microbatch), []).append(
+                _Arrival(action, self._receive(numbers, piece, peer))
+            )
         elif kind == "W":
             with self.watch(action):
-                settle(self._flights[stage, microbatch].due)
+                settle(self._flights[stage, microbatch].due, job.stages[stage].weights)
         else:
             self._backward(action, job)
-        while self._leaving and self._leaving[0][0].is_completed():
-            self._leaving.popleft()
 
     # Computing
 
@@ -168,7 +188,7 @@ class Runner:
         place = self.context(stage, microbatch) if here.random else nullcontext()
         with place, torch.set_grad_enabled(backward), self.watch(action):
             given, flight.output = here.program((stage, microbatch) in self._apart and backward)([*job.leaves, *taken])
-        made = dict(zip(piece.given, given, strict=True))
+        made = {n: tensor.clone() if n in piece.copied else tensor for n, tensor in zip(piece.given, given, strict=True)}
         flight.roots = {number: get_gradient_edge(tensor) for number, tensor in made.items() if tensor.requires_grad}
         for target, numbers in piece.targets.items():
             if self.schedule.stage_ranks[target] != self.rank:
@@ -193,7 +213,7 @@ class Runner:
             if roots:
                 torch.autograd.backward(roots, seeds)
             if kind == "B":
-                settle(flight.due)
+                settle(flight.due, job.stages[stage].weights)
         for source, numbers in piece.sources.items():
             found = {number: _gradient(flight.received[number]) for number in _graded(piece, numbers)}
             if self.schedule.stage_ranks[source] != self.rank:
@@ -205,14 +225,19 @@ class Runner:
 
     # Messages
 
-    def _send(self, tensors: Sequence[Tensor], numbers: Sequence[int], piece: Piece, peer: int) -> None:
-        to = self.schedule.stage_ranks[peer]
+    def _send(self, action: Action, tensors: Sequence[Tensor], numbers: Sequence[int], piece: Piece) -> None:
+        to = self.schedule.stage_ranks[action.peer]
         for tensor, number in zip(tensors, numbers, strict=True):
             packed = tensor.permute(_order(piece.trace.values[number])).contiguous()
             if packed.numel():
                 work = dist.isend(packed, group=self.group, group_dst=to)  # one tensor alive across a cut, over pp
                 assert work is not None
-                self._leaving.append((work, packed))
+                self._leaving.setdefault(action, []).append((work, packed))
+
+    def _sent(self, send: Action) -> None:
+        """Let go of what a message held, once it is known to have been taken in: this does not wait."""
+        for work, _ in self._leaving.pop(send, ()):
+            work.wait()
 
     def _receive(self, numbers: Sequence[int], piece: Piece, peer: int) -> list[tuple[int, Tensor, dist.Work | None]]:
         found: list[tuple[int, Tensor, dist.Work | None]] = []
@@ -228,11 +253,37 @@ class Runner:
         return found
 
     def _arrived(self, stage: int, way: str, microbatch: int) -> list[tuple[int, Tensor]]:
-        arriving = self._arriving.pop((stage, way, microbatch), [])
-        for _, _, work in arriving:
-            if work is not None:
-                work.wait()
-        return [(number, tensor) for number, tensor, _ in arriving]
+        found: list[tuple[int, Tensor]] = []
+        for arrival in self._arriving.pop((stage, way, microbatch), ()):
+            for number, tensor, work in arrival.parts:
+                if work is not None:
+                    work.wait()
+                found.append((number, tensor))
+            if any(work is not None for _, _, work in arrival.parts):
+                for send in self._receipts.get(arrival.action, ()):
+                    self._sent(send)
+        return found
+
+
+@lru_cache(maxsize=256)
+def receipts(schedule: Schedule, rank: int) -> dict[Action, list[Action]]:
+    """For each of a rank's RECVs, those of its SENDs that the other end has used before it sent that: their memory is free.
+
+    No backend has to be asked (gloo knows only when it is waited for). Each SEND is named at most once.
+    """
+    found: dict[Action, list[Action]] = {}
+    for row in (row for other, row in enumerate(schedule.actions) if other != rank):
+        awaited: dict[tuple[int, str, int], list[Action]] = {}
+        used: list[Action] = []
+        for stage, kind, microbatch, peer in row:
+            if peer < 0:
+                used += awaited.pop((stage, direction(kind), microbatch), [])
+            elif schedule.stage_ranks[peer] == rank and kind.startswith("RECV"):
+                send = Action(peer, f"SEND_{kind[-1]}", microbatch, stage)
+                awaited.setdefault((stage, kind[-1], microbatch), []).append(send)
+            elif schedule.stage_ranks[peer] == rank:
+                found[Action(peer, f"RECV_{kind[-1]}", microbatch, stage)], used = used, []
+    return found
 
 
 def _order(value: Value) -> list[int]:

@@ -8,7 +8,7 @@ Under `zero` the parameters are gathered once a step, not once a micro-batch.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from meshwright import _torch
 from meshwright.blueprint import costs
 from meshwright.blueprint.tape import Ref
-from meshwright.errors import ConfigError, ModelError
+from meshwright.errors import ConfigError, DataError, ModelError
+from meshwright.parallel.buckets import Buckets
 from meshwright.parallel.parameters import Parameter, replace_live
 from meshwright.parallel.partitioned import Function, Partition
 from meshwright.parallel.pipeline import Job, Runner, Stage
 from meshwright.parallel.ranks import Ranks
 from meshwright.partition.program import Program
-from meshwright.partition.stages import Piece, cut, edges
+from meshwright.partition.stages import Piece, cut, edges, refuse_shared_memory
 from meshwright.partition.trace import Guard, Stale, Trace
 from meshwright.plan import Plan
 from meshwright.plan.orders import stage_ranks
@@ -49,6 +50,7 @@ class _Cutting:
         self.pieces = cut(replace(found, ops=[op for op in found.ops if not isinstance(op.func, Guard)]), ends)
         self.stages = {stage: Stage(self.pieces[stage], model, device, bound) for stage in mine}
         self.edges, self.gradients = edges(self.pieces)
+        self.changes = found.changes
 
     def fits(self, leaves: list[Tensor]) -> bool:
         """Whether the batch's values lead the model's Python where they led it when it was traced."""
@@ -75,6 +77,7 @@ class Pipeline:
         self.buffer_homes: dict[str, int] = {}
         self.watch: Callable[[Action], AbstractContextManager[Any]] = lambda _: nullcontext()
         self.schedule: Schedule | None = None  # of the latest run
+        self.buckets: Buckets | None = None  # takes the gradients, if there is something to reduce or to cast
         self._cuttings: OrderedDict[Any, list[_Cutting]] = OrderedDict()
         self._homes: dict[str, tuple[int, ...]] = {}
 
@@ -89,12 +92,13 @@ class Pipeline:
         rates = CPU if self.ranks.device.type == "cpu" else GPU
         names = [call.name for call in whole.calls]
         self.ends = place(self.plan, names, _seconds(whole, rates), [0.0] * len(names))
+        refuse_shared_memory(whole, self.ends)
         pieces = cut(self.partition.passed(whole), self.ends)
         readers: dict[str, set[int]] = {}
         for piece in pieces:
             for name in piece.parameters():
                 readers.setdefault(name, set()).add(self.owners[piece.stage])
-            self.buffer_homes.update(dict.fromkeys(piece.trace.buffers.values(), self.owners[piece.stage]))
+            self.buffer_homes.update(dict.fromkeys(piece.buffers(), self.owners[piece.stage]))
         for entry in self.partition.table:
             found = set().union(*(readers.get(name, set()) for name in entry.names))
             entry.homes = tuple(sorted(found)) or tuple(range(self.plan.pp))
@@ -123,12 +127,16 @@ class Pipeline:
             leaves = _torch.tensors_of(part)
             cutting = self._cutting(kind, function, part, leaves)
             found.append(cutting)
+            for home, name, value in cutting.changes:  # the next micro-batch's Python sees what this one's has set
+                home[name] = value
             jobs.append(Job(cutting.stages, leaves, weight))
         outputs: dict[int, Any] = {}
         if jobs:
             with _torch.without_autocast():
                 self.schedule = self._schedule(found)
                 runner = Runner(self.schedule, self.rank, self.group, self.ranks.device, context, self.watch)
+                if backward and self.buckets is not None:
+                    runner.differentiated = _Reduction(self.buckets, self.partition.table, found, self.schedule, self.rank)
                 outputs = runner.run(jobs, backward)
         return [outputs[number] for number in range(len(jobs))] if self.last else []
 
@@ -173,12 +181,14 @@ class Pipeline:
             if cutting.fits(leaves):
                 return cutting
         with torch.enable_grad():
-            local = self.partition.local(function, batch)
-        if len(local.calls) != self.ends[-1]:
+            whole = self.partition.traced(function, batch)
+        if len(whole.calls) != self.ends[-1]:
             raise ModelError(
-                f"this batch leads the model through {len(local.calls)} block calls, and the example through {self.ends[-1]}: a "
+                f"this batch leads the model through {len(whole.calls)} block calls, and the example through {self.ends[-1]}: a "
                 "pipeline needs the same blocks for every batch"
             )
+        refuse_shared_memory(whole, self.ends)
+        local = self.partition.passed(whole)
         made = _Cutting(local, self.ends, self.mine, self.partition, self.ranks.device)
         self._check_homes(made.pieces)
         known.insert(0, made)
@@ -194,6 +204,35 @@ class Pipeline:
                     f"this batch leads stage {piece.stage} to {away[0]}, which is on another pipeline rank: give parallelize an "
                     "example_batch that uses it there"
                 )
+
+
+class _Reduction:
+    """Brings gradients to the buckets after every backward of a stage, and lets them leave after its last.
+
+    So what the data ranks sum travels while the rank's other stages, and other ranks, still work.
+    """
+
+    def __init__(self, buckets: Buckets, table: list[Parameter], found: Sequence[_Cutting], schedule: Schedule, rank: int) -> None:
+        self.buckets = buckets
+        self.left = Counter(a.stage for a in schedule.actions[rank] if a.kind in ("B", "W"))
+        by_name = {name: entry for entry in table for name in entry.names}
+        self.entries: dict[int, list[Parameter]] = {}
+        for stage in self.left:
+            names = set().union(*(cutting.pieces[stage].parameters() for cutting in {id(c): c for c in found}.values()))
+            self.entries[stage] = list({id(by_name[name]): by_name[name] for name in sorted(names)}.values())
+        self._release(table)
+
+    def __call__(self, action: Action) -> None:
+        """Take what a backward (B or W) has left."""
+        self.buckets.take(self.entries[action.stage])
+        self.left[action.stage] -= 1
+        if not self.left[action.stage]:
+            del self.left[action.stage]
+            self._release(self.entries[action.stage])
+
+    def _release(self, entries: Sequence[Parameter]) -> None:
+        waiting = {id(entry) for stage in self.left for entry in self.entries[stage]}
+        self.buckets.release([entry for entry in entries if id(entry) not in waiting])
 
 
 def sum_shared(table: list[Parameter], ranks: Ranks) -> None:
@@ -222,6 +261,16 @@ def refuse_output(plan: Plan) -> None:
             f"pp={plan.pp}: the model's output is made on its last stage only, so a pipeline trains by engine.step(batch), or by "
             "engine.accumulate(batch) and engine.optimizer_step()"
         )
+
+
+def refuse_short(plan: Plan, rows: int, ranks: Ranks) -> None:
+    """Raise `DataError` on every rank for batches of too few rows; every rank must call it, with its own number of them."""
+    most = torch.tensor(rows, device=ranks.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)  # 8 bytes over every rank
+    raise DataError(
+        f"microbatches={plan.microbatches}: the first batch has {most.item()} rows on a data rank, so the nearest that works is "
+        f"microbatches={max(1, int(most))}, or more rows"
+    )
 
 
 def _seconds(found: Trace, rates: Rates) -> list[float]:

@@ -15,54 +15,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshwright import _torch
+from meshwright.blueprint.tape import Ref
 from meshwright.partition.arguments import writes
 from meshwright.partition.collectives import Collective
 from meshwright.partition.trace import Guard, Trace, TracedOp, is_opaque
 
 
 @dataclass
-class _Due:
-    """One op's weight gradients, still to be computed: outputs and their gradients, weights inside and as the model has them."""
+class Due:
+    """Weight gradients still to be computed: the outputs of ops in graphs of their own, and the outputs' gradients."""
 
-    outputs: list[Tensor]
-    gradients: list[Tensor]
-    inside: list[Tensor]
-    weights: list[Tensor]
+    outputs: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
 class Queue:
-    """Where a forward's ops are to leave their weight gradients: `current` is the list of the micro-batch that runs."""
+    """Where a forward's ops are to leave their weight gradients: `current` is that of the micro-batch that runs."""
 
-    current: list[_Due] = field(default_factory=list)
+    current: Due = field(default_factory=Due)
 
 
-def settle(due: list[_Due]) -> None:
-    """Compute the weight gradients that a micro-batch left, and add them to the parameters'. Empties the list."""
-    roots: list[Tensor] = []
-    seeds: list[Tensor] = []
-    for item in due:
-        gradients = torch.autograd.grad(item.outputs, item.inside, item.gradients, allow_unused=True)
-        for weight, gradient in zip(item.weights, gradients, strict=True):
-            if gradient is None:
-                continue
-            if weight.grad_fn is not None:  # made from parameters by other ops (a transpose, a cast)
-                roots.append(weight)
-                seeds.append(gradient)
-            elif weight.grad is None:
-                weight.grad = gradient
-            else:
-                weight.grad += gradient
-    due.clear()
-    if roots:
-        torch.autograd.backward(roots, seeds)
+def settle(due: Due, weights: Sequence[Tensor]) -> None:
+    """Add the weight gradients that a micro-batch left to those of the leaves `weights`, in one backward. Empties `due`."""
+    outputs, gradients = due.outputs, due.gradients
+    due.outputs, due.gradients = [], []
+    if outputs:
+        torch.autograd.backward(outputs, gradients, inputs=weights)
 
 
 def defer(trace: Trace, queue: Queue) -> Trace:
     """Return the trace with every op that mixes weights and activations replaced by one that defers its weight gradients.
 
-    In-place ops, opaque modules and collectives stay: their weights' gradients come with the input gradients.
+    In-place ops, opaque modules, collectives and ops on lists of tensors stay: their weights' gradients come with the input
+    gradients.
     """
     graded = trace.graded()
     state = {*trace.parameters, *trace.buffers, *trace.constants}
@@ -73,50 +59,54 @@ def defer(trace: Trace, queue: Queue) -> Trace:
         if own and op.grad and set(op.inputs) <= state | weights:
             weights.update(n for n in op.outputs if n in graded)
         elif own and op.grad and not (writes(op.func) or is_opaque(op) or isinstance(op.func, Collective | Guard)):
-            op = replace(op, func=_Deferring(op.func, [n in weights for n in op.inputs], queue))
+            places = [at for at, value in enumerate(op.args) if isinstance(value, Ref)]
+            if len(places) == len(op.inputs):
+                marks = [(at, number in weights) for at, number in zip(places, op.inputs, strict=True)]
+                op = replace(op, func=_Deferring(op.func, marks, queue))
         ops.append(op)
     return replace(trace, ops=ops)
 
 
 class _Deferring:
-    """An op whose weight gradients wait in a queue: `weights` says which of its tensors are weights."""
+    """An op whose weight gradients wait in a queue: `marks` are the arguments that hold tensors, and whether they are weights."""
 
     tags: tuple[Any, ...] = ()
 
-    def __init__(self, op: Callable[..., Any], weights: Sequence[bool], queue: Queue) -> None:
-        self.op, self.weights, self.queue = op, tuple(weights), queue
+    def __init__(self, op: Callable[..., Any], marks: Sequence[tuple[int, bool]], queue: Queue) -> None:
+        self.op, self.queue = op, queue
+        self.weights = [at for at, is_weight in marks if is_weight]
+        self.others = [at for at, is_weight in marks if not is_weight]
         self.__name__ = f"deferring_{getattr(op, '__name__', 'op').replace('.', '_')}"
         self.__module__ = "meshwright"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, spec = _torch.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not torch.is_grad_enabled() or len(tensors) != len(self.weights):
+        if not torch.is_grad_enabled():
             return self.op(*args, **kwargs)
+        others = [args[at] for at in self.others]
+        anchor = args[self.weights[0]].new_empty(0).requires_grad_()  # in the graph, though its activations may not be
 
-        def run(operands: Sequence[Tensor]) -> list[Tensor]:
-            filled = iter(operands)
-            again, named = _torch.tree_unflatten([next(filled) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
-            return _torch.tensors_of(self.op(*again, **named))
+        def run(operands: Sequence[Tensor]) -> Sequence[Tensor]:
+            filled = list(args)
+            for at, operand in zip(self.others, operands, strict=True):
+                filled[at] = operand
+            made = self.op(*filled, **kwargs)
+            return (made,) if isinstance(made, Tensor) else [tensor for tensor in made if isinstance(tensor, Tensor)]
 
-        weights = [tensor for tensor, is_weight in zip(tensors, self.weights, strict=True) if is_weight]
-        anchor = weights[0].new_empty(0).requires_grad_()  # so that the op is in the graph though its activations may not be
-        given = [tensor.detach() if is_weight else tensor for tensor, is_weight in zip(tensors, self.weights, strict=True)]
-        outputs: tuple[Tensor, ...] = _Apart.apply(anchor, run, self.weights, weights, self.queue.current, *given)  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = _Apart.apply(anchor, run, self.queue.current, *others)  # type: ignore[no-untyped-call]
         return outputs[0] if len(outputs) == 1 else outputs
 
 
 class _Apart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, run: Any, places: Any, weights: Any, due: list[_Due], *tensors: Tensor) -> Any:
-        """Run the op as a graph of its own; return its results without it."""
+    def forward(ctx: Any, anchor: Tensor, run: Any, due: Due, *others: Tensor) -> Any:
+        """Run the op as a graph of its own, on the weights themselves; return its results without it."""
         with torch.enable_grad():
-            inside = [t.detach().requires_grad_(w or t.requires_grad) for t, w in zip(tensors, places, strict=True)]
+            inside = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in others]
             outputs = run(inside)
-        ctx.places, ctx.weights, ctx.due = places, weights, due
-        ctx.inside, ctx.outputs = inside, outputs
+        ctx.due, ctx.inside, ctx.outputs = due, inside, outputs
         results = tuple(output.detach() for output in outputs)
-        ctx.mark_non_differentiable(*(r for r, o in zip(results, outputs, strict=True) if not o.requires_grad))
+        if not all(output.requires_grad for output in outputs):
+            ctx.mark_non_differentiable(*(r for r, o in zip(results, outputs, strict=True) if not o.requires_grad))
         return results
 
     @staticmethod
@@ -124,12 +114,12 @@ class _Apart(torch.autograd.Function):
         """Return the activations' gradients; leave what the weights' take in the queue."""
         pairs = [(o, g) for o, g in zip(ctx.outputs, gradients, strict=True) if o.requires_grad and g is not None]
         outputs, seeds = [o for o, _ in pairs], [g for _, g in pairs]
-        wanted = [t for t, w in zip(ctx.inside, ctx.places, strict=True) if not w and t.requires_grad]
-        found = torch.autograd.grad(outputs, wanted, seeds, retain_graph=True, allow_unused=True) if wanted and outputs else ()
-        inside = [t for t, w in zip(ctx.inside, ctx.places, strict=True) if w]
-        if outputs:
-            ctx.due.append(_Due(outputs, seeds, inside, ctx.weights))
-        by_tensor = {id(t): g for t, g in zip(wanted, found, strict=True)} if found else {}
-        result = [by_tensor.get(id(t)) for t in ctx.inside]
-        del ctx.inside, ctx.outputs, ctx.weights
-        return (None, None, None, None, None, *result)
+        wanted = [tensor for tensor in ctx.inside if tensor.requires_grad]
+        found = iter(
+            torch.autograd.grad(outputs, wanted, seeds, retain_graph=True, allow_unused=True) if wanted and outputs else ()
+        )
+        ctx.due.outputs += outputs
+        ctx.due.gradients += seeds
+        result = [next(found, None) if tensor.requires_grad else None for tensor in ctx.inside]
+        del ctx.inside, ctx.outputs
+        return (None, None, None, *result)

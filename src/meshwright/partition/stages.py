@@ -9,12 +9,15 @@ sent: every stage that reads it computes it. What else is read on a later stage 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from meshwright._torch import is_in_place
+from torch import nn
+
+from meshwright import _torch
 from meshwright.blueprint.tape import Ref
+from meshwright.errors import ModelError
 from meshwright.partition.arguments import is_random, writes
 from meshwright.partition.local import KeepSlice
 from meshwright.partition.trace import Guard, Trace, TracedOp, is_opaque
@@ -28,7 +31,7 @@ class Piece:
     function returned if this is the last stage.
 
     `taken` and `given` are numbers of values; `sources[s]` are those taken from stage s, `targets[t]` those given to stage t,
-    `graded` those through which gradients go back.
+    `graded` those through which gradients go back. `copied` are given ones in memory that the next micro-batch writes to.
     """
 
     stage: int
@@ -38,10 +41,21 @@ class Piece:
     sources: dict[int, list[int]] = field(default_factory=dict)
     targets: dict[int, list[int]] = field(default_factory=dict)
     graded: frozenset[int] = frozenset()
+    copied: frozenset[int] = frozenset()
 
     def parameters(self) -> set[str]:
         """Names of the parameters that this stage reads."""
-        return set(self.trace.parameters.values())
+        return {*self.trace.parameters.values(), *self._inside(nn.Module.named_parameters)}
+
+    def buffers(self) -> set[str]:
+        """Names of the buffers that this stage reads."""
+        return {*self.trace.buffers.values(), *self._inside(nn.Module.named_buffers)}
+
+    def _inside(self, named: Callable[..., Iterable[tuple[str, Any]]]) -> Iterator[str]:
+        """Names of what modules that run as they are hold."""
+        for op in self.trace.ops:
+            if is_opaque(op):
+                yield from (name for name, _ in named(op.func.module, prefix=op.func.path, remove_duplicate=False))
 
 
 def edges(pieces: Sequence[Piece]) -> tuple[tuple[Edge, ...], tuple[Edge, ...]]:
@@ -76,8 +90,45 @@ def cut(trace: Trace, ends: Sequence[int]) -> list[Piece]:
     return pieces
 
 
+def refuse_shared_memory(trace: Trace, ends: Sequence[int]) -> None:
+    """Raise `ModelError` where one stage would read what another writes in place, and sending values can't make it so.
+
+    A buffer may be written by one stage only, and be read on later ones only through what came of the write. A tensor made on
+    an earlier stage may be written under the name by which it is received, and not be read later under another, nor on another
+    stage as it was. `trace` is the model's own, before any pass.
+    """
+    free = _derived_from_inputs(trace)
+    staged = list(zip(trace.ops, _places(trace, ends, free), strict=True))
+    storage = [value.storage for value in trace.values]
+    kept = {storage[n]: "a tensor that the model keeps" for n in trace.constants}
+    kept |= {storage[n]: f"the buffer {name}" for n, name in trace.buffers.items()}
+    state = {*trace.buffers, *trace.constants}
+    made = {n: stage for op, stage in staged for n in op.outputs if n not in free}
+    for at, (op, stage) in enumerate(staged):
+        for target in _torch.written(op.func, op.args, op.kwargs, Ref):
+            home, where = storage[target.number], op.module or "the model"
+            uses = [(o, there, [n for n in o.inputs if storage[n] == home]) for o, there in staged]
+            if home in kept:
+                away = [there for o, there, read in uses if read and there != stage and (_changes(o) or set(read) & state)]
+                if away:
+                    raise ModelError(
+                        f"{kept[home]} is changed in {where} on stage {stage} of {len(ends)}, and used on stage {away[0]} for "
+                        "another micro-batch at that time: give all its uses to one stage with split=, or use pp=1"
+                    )
+                continue
+            for _, there, read in uses[at + 1 :]:
+                if any(made.get(n, stage) < stage and (n != target.number or there > stage) for n in read):
+                    raise ModelError(
+                        f"{where} changes in place, on stage {stage} of {len(ends)}, a tensor of an earlier stage that is read "
+                        "later under another name: use the op that returns a new tensor, or pp=1"
+                    )
+
+
 def _places(trace: Trace, ends: Sequence[int], free: set[int]) -> list[int]:
-    """Return the stage of every op: each cut falls between the calls on its sides, where the fewest bytes are alive."""
+    """Return the stage of every op: each cut falls between the calls on its sides, where the fewest bytes are alive.
+
+    What only writes to a buffer runs where the value that it writes is made.
+    """
     made = {n: at for at, op in enumerate(trace.ops) for n in op.outputs if n not in free}
     read: dict[int, int] = dict.fromkeys(trace.output_numbers(), len(trace.ops))
     needed = set(read)
@@ -95,7 +146,12 @@ def _places(trace: Trace, ends: Sequence[int], free: set[int]) -> list[int]:
             at: sum(_bytes(trace, n) for n, when in made.items() if when < at <= read.get(n, -1)) for at in range(first, last + 1)
         }
         cuts.append(min(alive, key=lambda at: (alive[at], at)))
-    return [sum(at >= cut for cut in cuts) for at in range(len(trace.ops))]
+    place = [sum(at >= cut for cut in cuts) for at in range(len(trace.ops))]
+    for at, op in enumerate(trace.ops):
+        sources = [place[made[n]] for n in op.inputs[1:] if n in made]
+        if writes(op.func) and op.inputs[0] in trace.buffers and sources and not set(op.outputs) & set(read):
+            place[at] = max(sources)
+    return place
 
 
 def _bytes(trace: Trace, number: int) -> int:
@@ -115,7 +171,7 @@ def _derived_from_inputs(trace: Trace) -> set[int]:
 
 
 def _changes(op: TracedOp) -> bool:
-    return isinstance(op.func, KeepSlice) or writes(op.func) or (hasattr(op.func, "_schema") and is_in_place(op.func))
+    return isinstance(op.func, KeepSlice) or writes(op.func)
 
 
 def _collect(trace: Trace, piece: Piece, wanted: set[int], place: list[int], free: set[int], home: dict[int, int]) -> list[int]:
@@ -140,6 +196,9 @@ def _complete(trace: Trace, piece: Piece, graded: set[int]) -> None:
     piece.taken = sorted({n for numbers in piece.sources.values() for n in numbers})
     piece.given = sorted({n for numbers in piece.targets.values() for n in numbers})
     piece.graded = frozenset(graded & {*piece.taken, *piece.given})
+    kept = {trace.values[n].storage for n in (*trace.buffers, *trace.constants)}
+    kept &= {trace.values[n].storage for op in piece.trace.ops if _changes(op) for n in op.inputs}
+    piece.copied = frozenset(n for n in piece.given if trace.values[n].storage in kept)
     read = {n for op in piece.trace.ops for n in op.inputs} | {*piece.given, *trace.output_numbers()}
     local = piece.trace
     local.parameters = {n: name for n, name in trace.parameters.items() if n in read}
