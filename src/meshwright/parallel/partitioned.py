@@ -22,6 +22,7 @@ from meshwright.blueprint.blocks import block_names
 from meshwright.errors import ConfigError, ModelError, PlanError
 from meshwright.parallel.parameters import Cut, Parameter, assign
 from meshwright.parallel.ranks import Ranks
+from meshwright.parallel.recompute import Recompute
 from meshwright.partition import arguments, cuts
 from meshwright.partition.partition import Pass, Policy
 from meshwright.partition.program import Program
@@ -61,6 +62,7 @@ class Partition:
         self.axes = axes(plan, ranks)
         self.units: frozenset[str] = frozenset()
         self.blocks = tuple(block_names(module))
+        self.runs: Recompute | None = None
         self._compute_dtype = compute_dtype
         self._sharded: frozenset[int] = frozenset()
         self.cuts = cuts.Cuts()
@@ -207,7 +209,7 @@ class Partition:
                     continue
         local = self.local(function, batch)
         self._plain = plain_attributes(self.module)
-        program = Program(local, self.module, self.units, tensors[0].device, self.bound())
+        program = Program(local, self.module, self.units, tensors[0].device, self.bound(), self.runs)
         programs.insert(0, program)
         del programs[8:]
         with _torch.without_autocast():

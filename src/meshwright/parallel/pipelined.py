@@ -47,7 +47,7 @@ class _Cutting:
         guards = [op for op in found.ops if isinstance(op.func, Guard)]
         self.checks = Program(replace(found, outputs=None), model, frozenset(), device) if guards else None
         self.pieces = cut(replace(found, ops=[op for op in found.ops if not isinstance(op.func, Guard)]), ends)
-        self.stages = {stage: Stage(self.pieces[stage], model, device, bound) for stage in mine}
+        self.stages = {stage: Stage(self.pieces[stage], model, device, bound, partition.runs) for stage in mine}
         self.edges, self.gradients = edges(self.pieces)
 
     def fits(self, leaves: list[Tensor]) -> bool:
