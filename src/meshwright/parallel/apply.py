@@ -122,7 +122,7 @@ def _divide(
     module: nn.Module, table: list[Parameter], plan: Plan, ranks: Ranks, reading: Reading, compute_dtype: torch.dtype | None
 ) -> tuple[Partition | None, Pipeline | None]:
     """Cut the ops over `tp` and `cp` and the model over `pp`; what belongs to other ranks is let go of."""
-    if not axes(plan) and plan.pp == 1:
+    if not axes(plan) and plan.pp == 1 and plan.loss_chunks == 1:
         return None, None
     example = _rank_zeros(reading.example, ranks)
     partition = Partition(module, table, plan, ranks, compute_dtype)
@@ -170,7 +170,7 @@ def refuse_unavailable(plan: Plan) -> None:
     """Raise `PlanError` for a legal plan that this version does not execute yet."""
     default = Plan()
     pipeline = () if plan.pp != 1 else ("schedule", "virtual", "split")
-    memory = ("offload", "optimizer_state", "master", "update", "clip", "loss_chunks")
+    memory = ("offload", "optimizer_state", "master", "update", "clip")
     for name in ("ep", *pipeline, *memory, "compile"):
         if getattr(plan, name) != getattr(default, name):
             item = str(Plan(**{name: getattr(plan, name)}))

@@ -89,7 +89,7 @@ class Pipeline:
         rates = CPU if self.ranks.device.type == "cpu" else GPU
         names = [call.name for call in whole.calls]
         self.ends = place(self.plan, names, _seconds(whole, rates), [0.0] * len(names))
-        pieces = cut(self.partition.passed(whole), self.ends)
+        pieces = cut(self.partition.passed(whole, "loss"), self.ends)
         readers: dict[str, set[int]] = {}
         for piece in pieces:
             for name in piece.parameters():
@@ -173,7 +173,7 @@ class Pipeline:
             if cutting.fits(leaves):
                 return cutting
         with torch.enable_grad():
-            local = self.partition.local(function, batch)
+            local = self.partition.local(function, batch, kind)
         if len(local.calls) != self.ends[-1]:
             raise ModelError(
                 f"this batch leads the model through {len(local.calls)} block calls, and the example through {self.ends[-1]}: a "
