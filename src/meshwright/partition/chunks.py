@@ -169,8 +169,8 @@ class _Region:
         layout = next(self.wide[number] for number in op.inputs if number in self.wide)
         first = op.args[0] if op.args else None
         leads = isinstance(first, Ref) and first.number in self.wide
-        if isinstance(op.func, torch._ops.OpOverload) and is_random(op.func):
-            raise _Unfit(f"{name} draws random numbers for the logits")
+        if isinstance(op.func, torch._ops.OpOverload) and (is_random(op.func) or name == "empty_like"):
+            raise _Unfit(f"{name} (in {op.module or 'the loss'}) draws random numbers for the logits")
         if name in _MOVES and leads:
             self._move(op, layout)
         elif name in ("_log_softmax", "_softmax") and leads and op.args[1] % layout.rows.dim() == layout.dim:
@@ -196,9 +196,11 @@ class _Region:
         shape = self.trace.values[made].shape
         name = costs.base_name(op.func)
         if name in _RESHAPES:
-            if layout.dim != layout.rows.dim() - 1 or not shape or shape[-1] != self.classes:
+            ahead = math.prod(layout.rows.shape[: layout.dim])
+            fitting = [d for d, size in enumerate(shape) if size == self.classes and math.prod(shape[:d]) == ahead]
+            if not fitting:
                 raise _Unfit(f"{name} (in {op.module or 'the loss'}) mixes tokens and classes")
-            rows = layout.rows.reshape(*shape[:-1], 1)
+            rows = layout.rows.reshape(*shape[: fitting[0]], 1, *shape[fitting[0] + 1 :])
         else:
             rows = op.func(layout.rows, *op.args[1:], **op.kwargs)
         dims = [d for d, size in enumerate(shape) if size == self.classes and d < rows.dim() and rows.shape[d] == 1]
