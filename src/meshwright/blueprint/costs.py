@@ -7,6 +7,7 @@ of a kernel that reads each operand and writes each result once; a gather reads 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -99,6 +100,16 @@ def kind_of(func: Any) -> str:
     if name in _REDUCTIONS:
         return "reduction"
     return "elementwise" if torch.Tag.pointwise in func.tags else "copy"
+
+
+PRODUCTS = ("matmul", "attention", "conv")
+"""Kinds of ops with FLOPs to speak of: those whose results may be worth keeping from a forward to its backward."""
+
+
+@functools.lru_cache(maxsize=4096)
+def is_product(func: Any) -> bool:
+    """Whether an op is of one of these kinds."""
+    return kind_of(func) in PRODUCTS
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:

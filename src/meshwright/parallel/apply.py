@@ -26,6 +26,7 @@ from meshwright.parallel.parameters import Parameter, collect, rebind
 from meshwright.parallel.partitioned import Partition, axes
 from meshwright.parallel.pipelined import Pipeline
 from meshwright.parallel.ranks import Ranks, open_homes
+from meshwright.parallel.recompute import Recompute, has_blocks
 from meshwright.plan import Plan
 
 COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -112,6 +113,7 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
         pipeline.buckets = buckets
     if partition is not None and not sleeps:
         partition.as_dtensors(left, ranks)
+    _recompute(plan, module, partition, ranks)
     forward: Callable[..., object] = module
     if plan.data_parallel and torch.cuda.device_count() > 1:
         forward = nn.DataParallel(module)
@@ -122,7 +124,7 @@ def _divide(
     module: nn.Module, table: list[Parameter], plan: Plan, ranks: Ranks, reading: Reading, compute_dtype: torch.dtype | None
 ) -> tuple[Partition | None, Pipeline | None]:
     """Cut the ops over `tp` and `cp` and the model over `pp`; what belongs to other ranks is let go of."""
-    if not axes(plan) and plan.pp == 1:
+    if not axes(plan) and plan.pp == 1 and plan.loss_chunks == 1:
         return None, None
     example = _rank_zeros(reading.example, ranks)
     partition = Partition(module, table, plan, ranks, compute_dtype)
@@ -136,6 +138,18 @@ def _divide(
     partition.apply(table)
     pipeline.drop_others(module, table, compute_dtype)
     return partition, pipeline
+
+
+def _recompute(plan: Plan, module: nn.Module, partition: Partition | None, ranks: Ranks) -> None:
+    """Send the calls of blocks through `recompute`: by the module where it runs as it is, else by the programs that run it."""
+    names = block_names(module)
+    if plan.recompute == "none" or not has_blocks(names, f"recompute={plan.recompute}", type(module).__name__):
+        return
+    runs = Recompute(plan.recompute, names, ranks.device)
+    if partition is None:
+        runs.wrap(module)
+    else:
+        partition.runs = runs
 
 
 def _rank_zeros(example: Any, ranks: Ranks) -> Any:
@@ -158,7 +172,7 @@ def refuse_unavailable(plan: Plan) -> None:
     """Raise `PlanError` for a legal plan that this version does not execute yet."""
     default = Plan()
     pipeline = () if plan.pp != 1 else ("schedule", "virtual", "split")
-    memory = ("recompute", "offload", "optimizer_state", "master", "update", "clip", "loss_chunks")
+    memory = ("offload", "optimizer_state", "master", "update", "clip")
     for name in ("ep", *pipeline, *memory, "compile"):
         if getattr(plan, name) != getattr(default, name):
             item = str(Plan(**{name: getattr(plan, name)}))

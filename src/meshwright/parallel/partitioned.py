@@ -22,7 +22,9 @@ from meshwright.blueprint.blocks import block_names
 from meshwright.errors import ConfigError, ModelError, PlanError
 from meshwright.parallel.parameters import Cut, Parameter, assign
 from meshwright.parallel.ranks import Ranks
+from meshwright.parallel.recompute import Recompute
 from meshwright.partition import arguments, cuts
+from meshwright.partition.chunks import chunk_loss
 from meshwright.partition.partition import Pass, Policy
 from meshwright.partition.program import Program
 from meshwright.partition.sequence import follow_sequence
@@ -61,6 +63,7 @@ class Partition:
         self.axes = axes(plan, ranks)
         self.units: frozenset[str] = frozenset()
         self.blocks = tuple(block_names(module))
+        self.runs: Recompute | None = None
         self._compute_dtype = compute_dtype
         self._sharded: frozenset[int] = frozenset()
         self.cuts = cuts.Cuts()
@@ -87,6 +90,8 @@ class Partition:
             )
         if axis is not None:
             self.copied = frozenset(passes[-1].wanted) - self._held(found)
+        if self.plan.loss_chunks > 1:
+            self.passed(found, "loss")  # refused before anything is allocated
 
     def _held(self, found: Trace) -> frozenset[str]:
         """Parameters of modules that run as they are: whole, with whole gradients, wherever else they are used."""
@@ -156,16 +161,18 @@ class Partition:
             passes.append(one)
         return passes
 
-    def local(self, function: Function, batch: Any) -> Trace:
-        """What this rank does for a batch."""
-        return self.passed(self.traced(function, batch))
+    def local(self, function: Function, batch: Any, kind: str) -> Trace:
+        """What this rank does for a batch; `kind` is `loss` for a function that returns the loss."""
+        return self.passed(self.traced(function, batch), kind)
 
-    def passed(self, found: Trace) -> Trace:
+    def passed(self, found: Trace, kind: str) -> Trace:
         """What this rank does of a trace: the result of the plan's passes."""
         passes = self._passes(found)
         if passes:
-            return passes[-1].result
-        return replace(found, ops=[replace(op, func=arguments.runnable(op.func)) for op in found.ops])
+            found = passes[-1].result
+        else:
+            found = replace(found, ops=[replace(op, func=arguments.runnable(op.func)) for op in found.ops])
+        return chunk_loss(found, self.plan.loss_chunks) if self.plan.loss_chunks > 1 and kind == "loss" else found
 
     def key(self, batch: Any) -> tuple[Any, ...]:
         """What a program depends on beside the batch's values: its structure and shapes, and what modules hold."""
@@ -206,8 +213,8 @@ class Partition:
                     return program(tensors)
                 except Stale:
                     continue
-        local = self.local(function, batch)
-        program = Program(local, self.module, self.units, tensors[0].device, self.bound())
+        local = self.local(function, batch, kind)
+        program = Program(local, self.module, self.units, tensors[0].device, self.bound(), self.runs)
         programs.insert(0, program)
         del programs[8:]
         with _torch.without_autocast():
@@ -242,6 +249,7 @@ def sum_parts(table: list[Parameter], ranks: Ranks) -> None:
 def needs_example(plan: Plan, example: Any) -> None:
     """Raise `ConfigError` where a plan is to read the model from an example batch and has none."""
     sizes = {name: axis.size for name, axis in axes(plan).items()} | ({"pp": plan.pp} if plan.pp > 1 else {})
+    sizes |= {"loss_chunks": plan.loss_chunks} if plan.loss_chunks > 1 else {}
     if sizes and example is None:
         names = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ConfigError(f"{names} needs example_batch=: the model is read from one batch before its weights are cut")

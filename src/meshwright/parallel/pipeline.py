@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meshwright import _torch
 from meshwright.blueprint.tape import Value
+from meshwright.parallel.recompute import Recompute
 from meshwright.partition.arguments import is_random, writes
 from meshwright.partition.deferred import Due, Queue, defer, settle
 from meshwright.partition.program import Program
@@ -34,8 +35,10 @@ from meshwright.plan.schedule import Action, Schedule
 class Stage:
     """A piece of a trace with its code: `run` computes it, plainly or with its weight gradients deferred."""
 
-    def __init__(self, piece: Piece, model: nn.Module, device: torch.device, bound: dict[str, Tensor]) -> None:
-        self.piece, self.model, self.device, self.bound = piece, model, device, bound
+    def __init__(
+        self, piece: Piece, model: nn.Module, device: torch.device, bound: dict[str, Tensor], runs: Recompute | None = None
+    ) -> None:
+        self.piece, self.model, self.device, self.bound, self.runs = piece, model, device, bound, runs
         self.queue = Queue()
         held = {id(bound[name]): bound[name] for name in sorted(piece.parameters()) if name in bound}
         self.weights = [tensor for tensor in held.values() if tensor.requires_grad]
@@ -48,9 +51,10 @@ class Stage:
     def program(self, apart: bool) -> Program:
         """Return the program, made when it is first asked for; `apart` defers weight gradients."""
         if apart and self._apart is None:
-            self._apart = Program(defer(self.piece.trace, self.queue), self.model, frozenset(), self.device, self.bound)
+            deferred, blocks = defer(self.piece.trace, self.queue), self.runs.apart(self.queue) if self.runs is not None else None
+            self._apart = Program(deferred, self.model, frozenset(), self.device, self.bound, blocks)
         if not apart and self._plain is None:
-            self._plain = Program(self.piece.trace, self.model, frozenset(), self.device, self.bound)
+            self._plain = Program(self.piece.trace, self.model, frozenset(), self.device, self.bound, self.runs)
         found = self._apart if apart else self._plain
         assert found is not None
         return found

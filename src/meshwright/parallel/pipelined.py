@@ -48,7 +48,7 @@ class _Cutting:
         guards = [op for op in found.ops if isinstance(op.func, Guard)]
         self.checks = Program(replace(found, outputs=None), model, frozenset(), device) if guards else None
         self.pieces = cut(replace(found, ops=[op for op in found.ops if not isinstance(op.func, Guard)]), ends)
-        self.stages = {stage: Stage(self.pieces[stage], model, device, bound) for stage in mine}
+        self.stages = {stage: Stage(self.pieces[stage], model, device, bound, partition.runs) for stage in mine}
         self.edges, self.gradients = edges(self.pieces)
         self.changes = found.changes
 
@@ -93,7 +93,7 @@ class Pipeline:
         names = [call.name for call in whole.calls]
         self.ends = place(self.plan, names, _seconds(whole, rates), [0.0] * len(names))
         refuse_shared_memory(whole, self.ends)
-        pieces = cut(self.partition.passed(whole), self.ends)
+        pieces = cut(self.partition.passed(whole, "loss"), self.ends)
         readers: dict[str, set[int]] = {}
         for piece in pieces:
             for name in piece.parameters():
@@ -188,7 +188,7 @@ class Pipeline:
                 "pipeline needs the same blocks for every batch"
             )
         refuse_shared_memory(whole, self.ends)
-        local = self.partition.passed(whole)
+        local = self.partition.passed(whole, kind)
         made = _Cutting(local, self.ends, self.mine, self.partition, self.ranks.device)
         self._check_homes(made.pieces)
         known.insert(0, made)

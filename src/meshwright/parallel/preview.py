@@ -67,7 +67,7 @@ def preview(module: nn.Module, plan: Plan, function: Callable[[Any], Any], batch
         found = next((partition.cuts.parameters[n] for n in entry.names if n in partition.cuts.parameters), None)
         if found is not None:
             cuts[entry.name] = (found[0], partition.axes["tp"].length(found[1]), entry.whole[found[0]])
-    local = partition.local(function, batch)
+    local = partition.local(function, batch, "loss")
     program = Program(local, module, frozenset(), torch.device("cpu"))
     whole = tuple(entry.name for entry in table if entry.name not in cuts)
     return Preview(str(plan), cuts, whole, tuple(partition.cuts.notes), tuple(transfers(program)))

@@ -11,7 +11,8 @@ import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +25,15 @@ from meshwright.errors import PlanError
 from meshwright.partition.arguments import writes
 from meshwright.partition.local import KeepSlice
 from meshwright.partition.trace import Guard, Stale, Trace, TracedOp, draws, is_opaque
+
+
+class Blocks(Protocol):
+    """What runs the calls of some modules in its own way (recompute, offload)."""
+
+    names: frozenset[str]
+
+    def run(self, name: str, module: nn.Module, function: Callable[..., Any], graded: list[bool], *tensors: Tensor) -> Any:
+        """Return `function(*tensors)`; `graded` says which of its results have a gradient."""
 
 
 @dataclass
@@ -43,10 +53,16 @@ class Program:
     """Runs a local trace on the module's buffers and parameters as they are when it is called."""
 
     def __init__(
-        self, trace: Trace, model: nn.Module, units: frozenset[str], device: torch.device, bound: dict[str, Tensor] | None = None
+        self,
+        trace: Trace,
+        model: nn.Module,
+        units: frozenset[str],
+        device: torch.device,
+        bound: dict[str, Tensor] | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
         """Generate the code; `units` are the modules inside whose calls their ops must run. `bound` gives the tensors to compute
-        with for parameters by name; the module is asked for those that it does not hold.
+        with for parameters by name; the module is asked for those that it does not hold. `blocks` runs the calls of blocks.
         """
         self.trace, self.model, self.units, self.device, self.bound = trace, model, units, device, bound or {}
         self.recorded = any(op.grad for op in trace.ops)
@@ -60,7 +76,8 @@ class Program:
         self._checks_write = any(writes(op.func) for op in guards)
         self._checks_draw = any(draws(op) for op in guards)
         self.ops = kept
-        self.segments = self._segments(kept, units, outputs)
+        self.blocks = blocks
+        self.segments = self._segments(kept, units | (blocks.names if blocks is not None else frozenset()), outputs)
 
     def __call__(self, leaves: list[Tensor]) -> Any:
         """Return what the traced function returns for a batch's tensors. Raises `Stale` if its values lead another way."""
@@ -110,9 +127,16 @@ class Program:
         if segment.call < 0:
             made = run(*taken)
         else:
-            unit = self.model.get_submodule(self.trace.calls[segment.call].name)
-            with _torch.only_fsdp_hooks(unit):  # the others are in the trace
-                made = _in_place_of_forward(unit, run, taken)
+            name = self.trace.calls[segment.call].name
+            unit, call = self.model.get_submodule(name), run
+            if self.blocks is not None and name in self.blocks.names:
+                flow = self.graded
+                call = partial(self.blocks.run, f"{name}#{segment.call}", unit, run, [n in flow for n in segment.gives])
+            if name in self.units:
+                with _torch.only_fsdp_hooks(unit):  # the others are in the trace
+                    made = _in_place_of_forward(unit, call, taken)
+            else:
+                made = call(*taken)
         values.update(zip(segment.gives, made, strict=True))
 
     def _segments(self, ops: list[TracedOp], units: frozenset[str], outputs: list[int]) -> list[_Segment]:

@@ -1,0 +1,160 @@
+"""Which results a block keeps and which its backward computes again: the least extra time for the bytes there are.
+
+A block that is recomputed keeps what enters it and, by choice, results of ops that have FLOPs (matrix products, attention,
+convolutions); the rest of its forward, up to the last op that saves anything, runs again in the backward. With `K` what is kept,
+
+    bytes(K)   = entry + sum of the kept results' bytes                 (none: what autograd saves; full: entry)
+    seconds(K) = forward - sum of the kept results' seconds             (none: 0; full: forward)
+
+Both are sums, so the choices worth making are a Pareto front, found exactly by adding one result after another and dropping what is
+dominated (a 0/1 knapsack; arXiv:1604.06174 and arXiv:2205.05198 are the two ends of it). Fronts of blocks add up in the same way.
+
+The runtime (`parallel/recompute.py`) and the planner call the same functions, one with measured and one with captured costs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from meshwright.blueprint.costs import PRODUCTS
+from meshwright.blueprint.record import Blueprint, Unit
+from meshwright.errors import PlanError
+from meshwright.plan.stages import Rates
+
+_WIDEST = 2048
+"""Points of a front that are kept; beyond, neighbours closer than a thousandth of its range become one (the cheaper in bytes)."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """The results of one op: their bytes, and the seconds of making them again."""
+
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """One call of a block on one micro-batch: bytes that enter it, bytes that autograd saves without recompute, the seconds of its
+    forward up to the last op that saves anything, and the results that may be kept, in the order in which they are made.
+    """
+
+    entry: int
+    saved: int
+    forward: float
+    items: tuple[Item, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to keep (places in `BlockCosts.items`; None: everything, nothing is recomputed), its bytes and its extra seconds."""
+
+    kept: frozenset[int] | None
+    bytes: int
+    seconds: float
+
+
+def front(costs: BlockCosts) -> list[Choice]:
+    """The choices of a block of which none is better than another in both, fewest bytes first."""
+    choices = [Choice(frozenset(), costs.entry, costs.forward)]
+    for place, item in enumerate(costs.items):
+        more = [Choice((c.kept or frozenset()) | {place}, c.bytes + item.bytes, c.seconds - item.seconds) for c in choices]
+        choices = _thinned(_pareto([*choices, *more]))
+    return _pareto([*choices, Choice(None, costs.saved, 0.0)])
+
+
+def full(costs: BlockCosts) -> Choice:
+    """Keep what enters, or everything where that is no more."""
+    return front(costs)[0]
+
+
+def selective(costs: BlockCosts) -> Choice:
+    """The least extra time that halves the saved bytes; full recompute where nothing does."""
+    fitting = [choice for choice in front(costs) if 2 * choice.bytes <= costs.saved]
+    return fitting[-1] if fitting else full(costs)
+
+
+def fit(blocks: Sequence[tuple[BlockCosts, int]], outside: int, budget: int) -> list[Choice]:
+    """A choice for every block, of the least extra time whose bytes fit in `budget` together.
+
+    `blocks` are (costs, micro-batches in flight on its stage), `outside` the bytes that are saved whatever is chosen. Raises
+    `PlanError` below the minimum, and says it.
+    """
+    fronts: dict[tuple[BlockCosts, int], list[tuple[int, float, Choice]]] = {}
+    for costs, flying in blocks:
+        if (costs, flying) not in fronts:
+            fronts[costs, flying] = [(c.bytes * flying, c.seconds * flying, c) for c in front(costs)]
+    least = outside + sum(min(point[0] for point in fronts[block]) for block in blocks)
+    if least > budget:
+        raise PlanError(
+            f"recompute=budget={budget}: this rank keeps at least {least} bytes of activations with everything recomputed: give "
+            f"budget={least} or more, a smaller micro-batch, or offload=activations:cpu"
+        )
+    # Points are (bytes, seconds, choice of the last block, the point it was added to).
+    points: list[tuple[int, float, Choice | None, object]] = [(outside, 0.0, None, None)]
+    for block in blocks:
+        grown: list[tuple[int, float, Choice | None, object]]
+        grown = [(p[0] + b, p[1] + s, c, p) for p in points for b, s, c in fronts[block] if p[0] + b <= budget]
+        grown.sort(key=lambda point: (point[0], point[1]))
+        best = float("inf")
+        kept: list[tuple[int, float, Choice | None, object]] = []
+        for point in grown:
+            if point[1] < best:
+                best = point[1]
+                kept.append(point)
+        points = kept if len(kept) <= _WIDEST else [*kept[:: len(kept) // _WIDEST + 1], kept[-1]]
+    at: tuple[int, float, Choice | None, object] = points[-1]
+    chosen: list[Choice] = []
+    while at[2] is not None:
+        chosen.append(at[2])
+        at = at[3]  # type: ignore[assignment]
+    return chosen[::-1]
+
+
+def budget_bytes(recompute: str) -> int | None:
+    """The bytes of `recompute=budget=BYTES` (`200M`, `1GB`, `65536`: powers of ten), None for another mode."""
+    found = re.fullmatch(r"budget=(\d+)([KMGT]?)B?", recompute)
+    return int(found[1]) * 1000 ** " KMGT".index(found[2] or " ") if found else None
+
+
+def unit_costs(unit: Unit, items: int, rates: Rates) -> BlockCosts:
+    """What a captured block costs for a micro-batch of `items`: the same terms that the runtime measures."""
+    last = max((saver for saved in unit.saved for saver in saved.savers), default=-1)
+    returned = {saved.producer for saved in unit.saved if saved.output}
+    priced = [(place, op) for place, op in enumerate(unit.forward) if op.kind in PRODUCTS]
+    offered = tuple(
+        Item(op.written_bytes.at(items), rates.seconds(op, items))
+        if place < last and place not in returned
+        else Item(op.written_bytes.at(items), 0.0)
+        for place, op in priced
+    )
+    forward = sum(rates.seconds(op, items) for op in unit.forward[:last])
+    entry = sum(tensor.bytes.at(items) for tensor in unit.inputs if tensor.bytes.per_item)
+    return BlockCosts(entry, unit.activation_bytes.at(items), forward, offered)
+
+
+def saved_bytes(blueprint: Blueprint, recompute: str, items: int, rates: Rates, in_flight: int = 1) -> tuple[int, float]:
+    """Bytes saved in all blocks for `in_flight` micro-batches of `items`, and the extra seconds of one, under `recompute`."""
+    costs = [unit_costs(blueprint.kinds[call.kind], items, rates) for call in blueprint.calls]
+    budget = budget_bytes(recompute)
+    if budget is not None:
+        chosen = fit([(cost, in_flight) for cost in costs], blueprint.rest.activation_bytes.at(items) * in_flight, budget)
+    else:
+        pick = {"none": lambda c: Choice(None, c.saved, 0.0), "full": full, "selective": selective}[recompute]
+        chosen = [pick(cost) for cost in costs]
+    return sum(choice.bytes for choice in chosen) * in_flight, sum(choice.seconds for choice in chosen)
+
+
+def _pareto(choices: list[Choice]) -> list[Choice]:
+    best, kept = float("inf"), []
+    for choice in sorted(choices, key=lambda c: (c.bytes, c.seconds)):
+        if choice.seconds < best:
+            best = choice.seconds
+            kept.append(choice)
+    return kept
+
+
+def _thinned(choices: list[Choice]) -> list[Choice]:
+    return choices if len(choices) <= _WIDEST else [*choices[:: len(choices) // _WIDEST + 1], choices[-1]]

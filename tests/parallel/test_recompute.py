@@ -1,0 +1,153 @@
+"""Recompute changes what is kept and nothing else: the same numbers, draws, statistics and counters as without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import meshwright as mw
+import ranks
+from meshwright.errors import PlanError
+from parity import assert_same_as_single_device
+
+MODES = ["full", "selective", "budget=1M"]
+
+
+class Odd(nn.Module):
+    """A block that writes to its input, draws, keeps statistics, counts its calls, fills a cache, and returns several things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.calls = 0
+        self.register_buffer("power", torch.ones(4))
+
+    def forward(self, x: Tensor, cache: list[Tensor], *, scale: float) -> dict[str, Any]:
+        self.calls += 1
+        self.power = self.power * 0.9 + 0.1 * self.calls
+        x.mul_(scale).add_(0.01 * self.calls)
+        hidden = F.dropout(F.gelu(self.norm(self.first(x))), 0.3, self.training)
+        cache.append(hidden.mean())
+        out = self.second(hidden) + F.dropout(x * sum(cache), 0.2, self.training) * self.power[:, None, None]
+        return {"x": out, "cache": cache, "sizes": (out.shape, None)}
+
+
+class Net(nn.Module):
+    """A block is called twice; the blocks' input has a gradient that goes elsewhere too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.blocks = nn.ModuleList(Odd() for _ in range(3))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, cache = self.stem(x), []
+        for block in [*self.blocks, self.blocks[1]]:
+            found = block(x + 0.0, cache, scale=0.9)
+            x, cache = found["x"] + x, found["cache"]
+        return self.head(x.mean((2, 3)))
+
+
+class Drop(nn.Module):
+    """Attention and products with dropout, for programs."""
+
+    def __init__(self, layers: int = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 16)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 32, dropout=0.2, batch_first=True, norm_first=True) for _ in range(layers)
+        )
+        self.head = nn.Linear(16, 40)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def trained(kind: str, plan: str) -> tuple[list[float], dict[str, Tensor], list[int]]:
+    """Three steps of a model, each rank with its own rows."""
+    torch.manual_seed(3)
+    model = (Net if kind == "net" else Drop)().double()
+    pixels = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1)).double(), torch.arange(8) % 5
+    tokens = torch.randint(0, 40, (8, 6), generator=torch.Generator().manual_seed(1))
+    whole = pixels if kind == "net" else (tokens, tokens.roll(1, 1))
+    engine = mw.parallelize(
+        model,
+        plan,
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        loss_fn=lambda out, batch: F.cross_entropy(out.flatten(0, -2), batch[1].flatten()),
+        example_batch=whole,
+    )
+    rows = slice(engine.data_rank * 4, engine.data_rank * 4 + 4) if engine.data_ranks > 1 else slice(0, 8)
+    losses = [engine.step(tuple(part[rows] for part in whole)).loss for _ in range(3)]
+    calls = [block.calls for block in model.blocks] if kind == "net" else []
+    return losses, engine.full_state_dict(), calls
+
+
+def assert_nothing_changes(kind: str, plan: str, mode: str, world_size: int) -> None:
+    for (losses, state, calls), (losses_0, state_0, calls_0) in zip(
+        ranks.run(world_size, trained, kind, f"{plan} recompute={mode}"), ranks.run(world_size, trained, kind, plan), strict=True
+    ):
+        assert losses == losses_0
+        assert calls == calls_0
+        assert {k for k in state_0 if not torch.equal(state[k], state_0[k])} == set()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("kind", "plan"), [("net", "single microbatches=2"), ("drop", "single")])
+def test_draws_statistics_and_side_effects_happen_once(kind: str, plan: str, mode: str) -> None:
+    assert_nothing_changes(kind, plan, mode, 1)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("plan", ["zero2", "fsdp", "tp", "cp", "1f1b pp=2 microbatches=2", "zero_bubble pp=2 microbatches=2"])
+def test_the_same_draws_on_ranks(plan: str, mode: str) -> None:
+    assert_nothing_changes("drop", plan, mode, 2)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_side_effects_under_fsdp(mode: str) -> None:
+    assert_nothing_changes("net", "fsdp", mode, 2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("plan", ["ddp", "fsdp"])
+def test_low_precision_is_the_same(plan: str, precision: str) -> None:
+    assert_nothing_changes("drop", f"{plan} precision={precision}", "selective", 2)
+
+
+def test_without_blocks_a_sentence_says_so() -> None:
+    with pytest.warns(UserWarning, match="no repeated blocks"):
+        mw.parallelize(nn.Linear(3, 3), "recompute=full", optimizer=torch.optim.SGD, loss_fn=lambda out, _: out.mean())
+
+
+def test_a_budget_below_the_minimum_says_the_minimum() -> None:
+    with pytest.raises(PlanError, match=r"at least (\d+) bytes"):
+        trained("drop", "recompute=budget=10K")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("name", ["gpt", "hf-gpt2", "encoder-decoder", "resnet", "unused", "lora"])
+@pytest.mark.parametrize(("plan", "world_size"), [("single", 1), ("ddp", 2), ("zero2", 2), ("fsdp", 2)])
+def test_same_as_single_device(name: str, plan: str, world_size: int, mode: str) -> None:
+    assert_same_as_single_device(name, f"{plan} recompute={mode}", world_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("name", ["gpt-8", "hf-llama"])
+@pytest.mark.parametrize(
+    ("plan", "world_size"),
+    [("tp", 2), ("cp", 2), ("1f1b pp=2 microbatches=3", 2), ("zero_bubble pp=2 microbatches=3", 2), ("2d dp_shard=2 tp=2", 4)],
+)
+def test_same_with_every_axis(name: str, plan: str, world_size: int, mode: str) -> None:
+    assert_same_as_single_device(name, f"{plan} recompute={mode}", world_size)
