@@ -20,8 +20,9 @@ MODES = ["full", "selective", "budget=1M"]
 class Odd(nn.Module):
     """A block that writes to its input, draws, keeps statistics, counts its calls, fills a cache, and returns several things."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_place: bool) -> None:
         super().__init__()
+        self.in_place = in_place
         self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(8)
         self.calls = 0
@@ -30,7 +31,7 @@ class Odd(nn.Module):
     def forward(self, x: Tensor, cache: list[Tensor], *, scale: float) -> dict[str, Any]:
         self.calls += 1
         self.power = self.power * 0.9 + 0.1 * self.calls
-        x.mul_(scale).add_(0.01 * self.calls)
+        x = x.mul_(scale).add_(0.01 * self.calls) if self.in_place else x * scale + 0.01 * self.calls
         hidden = F.dropout(F.gelu(self.norm(self.first(x))), 0.3, self.training)
         cache.append(hidden.mean())
         out = self.second(hidden) + F.dropout(x * sum(cache), 0.2, self.training) * self.power[:, None, None]
@@ -40,17 +41,18 @@ class Odd(nn.Module):
 class Net(nn.Module):
     """A block is called twice; the blocks' input has a gradient that goes elsewhere too."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_place: bool = True) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 1)
-        self.blocks = nn.ModuleList(Odd() for _ in range(3))
+        self.blocks = nn.ModuleList(Odd(in_place) for _ in range(3))
         self.head = nn.Linear(4, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x, cache = self.stem(x), []
         for block in [*self.blocks, self.blocks[1]]:
-            found = block(x + 0.0, cache, scale=0.9)
-            x, cache = found["x"] + x, found["cache"]
+            given = x + 0.0
+            found = block(given, cache, scale=0.9)
+            x, cache = found["x"] + given, found["cache"]
         return self.head(x.mean((2, 3)))
 
 
@@ -75,7 +77,7 @@ class Drop(nn.Module):
 def trained(kind: str, plan: str) -> tuple[list[float], dict[str, Tensor], list[int]]:
     """Three steps of a model, each rank with its own rows."""
     torch.manual_seed(3)
-    model = (Net if kind == "net" else Drop)().double()
+    model = (Drop() if kind == "drop" else Net(in_place="fsdp" not in plan)).double()  # FSDP2's units can't be written into
     pixels = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1)).double(), torch.arange(8) % 5
     tokens = torch.randint(0, 40, (8, 6), generator=torch.Generator().manual_seed(1))
     whole = pixels if kind == "net" else (tokens, tokens.roll(1, 1))

@@ -211,7 +211,8 @@ class Engine:
 
     def _run(self, function: Callable[[], Any]) -> Any:
         """Run the model (and its loss) in the plan's precision, and under zero=3 inside the FSDP2 root."""
-        with autocast(self.plan.precision, self.ranks.device):
+        recompute = self._applied.recompute
+        with autocast(self.plan.precision, self.ranks.device), recompute.watching() if recompute is not None else nullcontext():
             return function() if self._applied.root is None else self._applied.root(function)
 
     # The parts, for a hand-written loop

@@ -53,6 +53,7 @@ class Applied:
     batch_norms: list[Tensor] = field(default_factory=list)
     partition: Partition | None = None
     pipeline: Pipeline | None = None
+    recompute: Recompute | None = None
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,13 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
         pipeline.buckets = buckets
     if partition is not None and not sleeps:
         partition.as_dtensors(left, ranks)
-    _recompute(plan, module, partition, ranks)
+    recompute = _recompute(plan, module, partition, ranks)
     forward: Callable[..., object] = module
     if plan.data_parallel and torch.cuda.device_count() > 1:
         forward = nn.DataParallel(module)
-    return Applied(module, forward, table, sharded, root, buckets, _batch_norm_statistics(module, ranks), partition, pipeline)
+    return Applied(
+        module, forward, table, sharded, root, buckets, _batch_norm_statistics(module, ranks), partition, pipeline, recompute
+    )
 
 
 def _divide(
@@ -140,16 +143,17 @@ def _divide(
     return partition, pipeline
 
 
-def _recompute(plan: Plan, module: nn.Module, partition: Partition | None, ranks: Ranks) -> None:
+def _recompute(plan: Plan, module: nn.Module, partition: Partition | None, ranks: Ranks) -> Recompute | None:
     """Send the calls of blocks through `recompute`: by the module where it runs as it is, else by the programs that run it."""
     names = block_names(module)
     if plan.recompute == "none" or not has_blocks(names, f"recompute={plan.recompute}", type(module).__name__):
-        return
+        return None
     runs = Recompute(plan.recompute, names, ranks.device)
     if partition is None:
         runs.wrap(module)
     else:
         partition.runs = runs
+    return runs
 
 
 def _rank_zeros(example: Any, ranks: Ranks) -> Any:

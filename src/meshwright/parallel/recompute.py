@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy as shallow
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from meshwright.blueprint.walk import untouched
 from meshwright.partition.deferred import Due, Queue
 from meshwright.partition.program import Blocks
 from meshwright.partition.trace import is_plain
-from meshwright.plan.recompute import BlockCosts, Choice, Item, full, selective
+from meshwright.plan.recompute import BlockCosts, Choice, Item, budget_bytes, fit, full, selective
 from meshwright.plan.stages import CPU, GPU, Rates
 
 Function = Callable[..., Any]
@@ -38,22 +38,59 @@ Function = Callable[..., Any]
 @dataclass
 class _Facts:
     """What the first call of a block has shown, and what was chosen for it: `writes` are the places of tensors among its arguments
-    that it writes to, `changes` the buffers that a call leaves changed.
+    that it writes to, `changes` the entries of modules' dicts (buffers, attributes) that a call leaves changed.
     """
 
     costs: BlockCosts
     writes: frozenset[int]
-    changes: list[tuple[nn.Module, str]]
+    changes: list[tuple[dict[str, Any], str]]
     choice: Choice
+    calls: int = 0
 
 
 class Recompute:
-    """The blocks `names` of one module, recomputed as `mode` says."""
+    """The blocks `names` of one module, recomputed as `mode` says.
+
+    A budget is spent before the first repetition: up to then everything is recomputed, and from then on what was chosen by the
+    bytes and costs of the forwards so far, of every block and micro-batch in flight on this rank.
+    """
 
     def __init__(self, mode: str, names: Sequence[str], device: torch.device) -> None:
         self.mode, self.names, self.device = mode, frozenset(names), device
         self.rates = CPU if device.type == "cpu" else GPU
+        self.budget = budget_bytes(mode)
         self._facts: dict[tuple[str, bool], _Facts] = {}
+        self._entered: set[int] = set()
+        self._outside: dict[int, int] = {}
+        self._spent = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Entered around forwards; until a budget is spent, what they save outside of the blocks is counted."""
+        if self.budget is None or self._spent or not torch.is_grad_enabled():
+            yield
+            return
+
+        def pack(tensor: Tensor) -> Tensor:
+            base = tensor if tensor._base is None else tensor._base
+            if not (base.is_leaf and base.requires_grad):
+                self._outside[_torch.storage_key(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+    def spend(self) -> None:
+        """Before the first repetition: every block has been looked at by now, once for each micro-batch in flight at most."""
+        if self.budget is None or self._spent:
+            return
+        self._spent = True
+        outside = sum(nbytes for key, nbytes in self._outside.items() if key not in self._entered)
+        self._outside.clear()
+        blocks = list(self._facts.values())
+        chosen = fit([(block.costs, block.calls) for block in blocks], outside, self.budget)
+        for block, choice in zip(blocks, chosen, strict=True):
+            block.choice = choice
 
     def wrap(self, module: nn.Module) -> None:
         """Send the calls of the blocks of `module` through here; the modules, their names and their hooks stay as they are."""
@@ -77,8 +114,7 @@ class Recompute:
         if facts.choice.kept is None:
             return function(*args, **kwargs)
         frozen = _copied((args, kwargs), {})
-        tensors = _torch.tensors_of((args, kwargs))
-        args, kwargs = _with_copies(facts.writes, args, kwargs)
+        tensors = _unwritten(facts.writes, _torch.tensors_of((args, kwargs)))  # the caller's own may be written to
         kept = _Kept(facts.choice.kept, self.device)
         before = _Before(module, facts.changes)
 
@@ -88,7 +124,8 @@ class Recompute:
         def call(*again: Tensor) -> Any:
             if not before.repeating:
                 return function(*args, **kwargs)
-            filled = iter(again)
+            self.spend()
+            filled = iter(_unwritten(facts.writes, again))
             inside, named = _torch.tree_map_tensors(lambda _: next(filled), frozen)
             return function(*inside, **named)
 
@@ -98,13 +135,17 @@ class Recompute:
         """What is known of a block, by a first look if need be."""
         key = (name, module.training)
         if key not in self._facts:
-            self._facts[key] = self._look(module, function, args, kwargs)
-        return self._facts[key]
-
-    def _look(self, module: nn.Module, function: Function, args: Any, kwargs: Any) -> _Facts:
-        found = _look(module, function, args, kwargs, self.rates, self.device)
-        found.choice = (selective if self.mode == "selective" else full)(found.costs)
-        return found
+            found = self._facts[key] = _look(module, function, args, kwargs, self.rates, self.device)
+            found.choice = (selective if self.mode == "selective" else full)(found.costs)
+        facts = self._facts[key]
+        if self.budget is not None and not self._spent:
+            facts.calls += 1
+            entering = {_torch.storage_key(t): t.untyped_storage().nbytes() for t in _torch.tensors_of((args, kwargs))}
+            if facts.calls == 1:  # a mask that every block gets is kept once
+                entry = sum(nbytes for home, nbytes in entering.items() if home not in self._entered)
+                facts.costs = replace(facts.costs, entry=entry)
+            self._entered |= entering.keys()
+        return facts
 
 
 class _Forward:
@@ -129,19 +170,20 @@ class _Apart:
             return function(*tensors)
         due = self.queue.current
 
-        def call(*inside: Tensor) -> Any:
-            self.queue.current = due
-            return function(*inside)
-
         self.queue.current = Due()
         facts = self.recompute.known(name, module, function, tensors, {})
+        self.queue.current = due
         if facts.choice.kept is None:
-            return call(*tensors)
-        copies, _ = _with_copies(facts.writes, tensors, {})
+            return function(*tensors)
+
+        def call(*inside: Tensor) -> Any:
+            self.queue.current = due
+            return function(*_unwritten(facts.writes, inside))
+
         device = self.recompute.device
-        frame = _Frame(call, _Kept(facts.choice.kept, device), _Before(module, facts.changes), graded, device)
+        frame = _Frame(call, _Kept(facts.choice.kept, device), _Before(module, facts.changes), graded, device, self.recompute.spend)
         anchor = torch.empty(0, device=device, requires_grad=True)
-        return _Again.apply(anchor, frame, *copies)  # type: ignore[no-untyped-call]
+        return _Again.apply(anchor, frame, *tensors)  # type: ignore[no-untyped-call]
 
 
 # The first call
@@ -183,7 +225,8 @@ def _look(module: nn.Module, function: Function, args: Any, kwargs: Any, rates: 
     copies = [_like(tensor) for tensor in given]
     versions = [copy._version for copy in copies]
     replaced = {id(tensor): copy for tensor, copy in zip(given, copies, strict=True)}
-    buffers = [(m, key, b, b.clone()) for m in module.modules() for key, b in m._buffers.items() if b is not None]
+    homes = [home for m in module.modules() for home in (vars(m), m._buffers)]
+    held = [(home, key, value, _frozen(value)) for home in homes for key, value in home.items() if key not in _TABLES]
     states = {id(t) for t in (*module.parameters(), *module.buffers())}
     ignored = {_torch.storage_key(t) for t in (*module.parameters(), *module.buffers())}
     saved: dict[int, int] = {}
@@ -203,10 +246,11 @@ def _look(module: nn.Module, function: Function, args: Any, kwargs: Any, rates: 
         with saved_tensors_hooks(pack, lambda tensor: tensor), ops:
             inside, named = _copied((args, kwargs), replaced)
             output = function(*inside, **named)
-        for home, key, buffer, value in buffers:
-            if home._buffers.get(key) is not buffer or not torch.equal(buffer, value):
+        for home, key, value, content in held:
+            if home.get(key) is not value or not _equal(value, content):
                 changes.append((home, key))
-                buffer.data.copy_(value)
+                if isinstance(value, Tensor):
+                    value.data.copy_(content)
     returned = {_torch.storage_key(tensor) for tensor in _torch.tensors_of(output)}
     entering = {_torch.storage_key(copy): copy.nbytes for copy in copies}
     items = tuple(
@@ -240,22 +284,38 @@ def _copied(value: Any, made: dict[int, Any]) -> Any:
     return copy
 
 
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _frozen(value: Any) -> Any:
+    """What a value of a module holds now; parameters and modules are not for a call to change."""
+    if isinstance(value, Tensor):
+        return value if isinstance(value, nn.Parameter) else value.detach().clone()
+    return value.copy() if type(value) in (list, dict, set) else value
+
+
+def _equal(value: Any, content: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value is content or torch.equal(value, content)
+    if type(value) in (list, dict):
+        pairs = zip(value, content, strict=False) if isinstance(value, list) else zip(value.items(), content.items(), strict=False)
+        return len(value) == len(content) and all(a is b or _same_items(a, b) for a, b in pairs)
+    return type(value) is not set or value == content
+
+
+def _same_items(a: Any, b: Any) -> bool:
+    return isinstance(a, tuple) and len(a) == 2 and a[0] == b[0] and a[1] is b[1]
+
+
 def _like(tensor: Tensor) -> Tensor:
     """A copy that a block may write to, with or without a gradient as the original."""
     copy = tensor.detach().clone()
     return copy.requires_grad_().clone() if tensor.requires_grad else copy
 
 
-def _with_copies(writes: frozenset[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with those that the block writes to replaced by copies: the backward starts from what came in."""
-    if not writes:
-        return args, kwargs
-    leaves, spec = _torch.tree_flatten((args, kwargs))
-    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    for number in writes:
-        leaves[places[number]] = leaves[places[number]].clone()
-    again: tuple[tuple[Any, ...], dict[str, Any]] = _torch.tree_unflatten(leaves, spec)
-    return again
+def _unwritten(writes: frozenset[int], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A call's tensors, copies in the place of those that it writes to: a repetition starts from what came in."""
+    return [tensor.clone() if place in writes else tensor for place, tensor in enumerate(tensors)]
 
 
 # A call and its repetition
@@ -317,11 +377,11 @@ class _Replaying(_torch.DispatchMode):
 
 
 class _Before:
-    """The buffers that a call changes, as they were before it; in the repetition they, and attributes, are left as they are."""
+    """What a call changes on its modules, as it was before; the repetition finds that, and leaves everything as it is by then."""
 
-    def __init__(self, module: nn.Module, changes: list[tuple[nn.Module, str]]) -> None:
+    def __init__(self, module: nn.Module, changes: list[tuple[dict[str, Any], str]]) -> None:
         self.module, self.repeating = module, False
-        self.values = [(home, key, home._buffers[key].clone()) for home, key in changes]  # type: ignore[union-attr]
+        self.values = [(home, key, _frozen(home.get(key))) for home, key in changes]
 
     @contextmanager
     def again(self, inner: AbstractContextManager[Any]) -> Iterator[None]:
@@ -329,7 +389,7 @@ class _Before:
         with ExitStack() as stack:
             stack.enter_context(untouched(self.module))
             for home, key, value in self.values:
-                home._buffers[key] = value.clone()  # another tensor: nothing that was saved is written to
+                home[key] = _frozen(value)  # another tensor: nothing that was saved is written to
             stack.enter_context(inner)
             self.repeating = True
             stack.callback(lambda: setattr(self, "repeating", False))
@@ -345,6 +405,7 @@ class _Frame:
     before: _Before
     graded: Sequence[bool]
     device: torch.device
+    begin: Callable[[], None]
     states: list[Tensor] = field(default_factory=list)
 
 
@@ -365,6 +426,7 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Run it with a graph, and that graph's backward; weights' gradients go where that puts them."""
         frame: _Frame = ctx.frame
+        frame.begin()
         inside = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
         generators = _torch.seeded_default_generators(frame.device)
         now = [generator.get_state() for generator in generators]
