@@ -6,7 +6,7 @@ Two gloo ranks with one thread each train a GPT (fp32, AdamW, clipping) on 8 mic
 specialist writes on the same cut: two modules, `PipelineStage`, a schedule of `torch.distributed.pipelining`, and one all-reduce
 for the norm. `over ideal` is the step's wall time over (one device's / 2) / (1 - bubble), the bubble being the closed form's;
 target 1.10. `to by hand` has the target 1.00, in CPU seconds of both ranks. `simulated` is the wall time that the simulator gives
-for the measured seconds of each stage's F, B, I and W in that step (target: within 10%; the median of 5 steps), and `in flight`
+for the measured seconds of each stage's F, B, I and W in that step (target: within 10%; the median of 3 steps), and `in flight`
 compares the bytes that autograd holds with the simulator's.
 """
 
@@ -41,7 +41,7 @@ CONFIGS = {
     "overhead": llama(layers=4, hidden=64, heads=4, vocab=256, sequence=64),
 }
 MICROBATCHES = 8
-STEPS = 5  # whose stages are timed
+STEPS = 3  # whose stages are timed
 PLANS = ["1f1b", "gpipe", "interleaved", "zero_bubble", "zbv"]
 BY_HAND = {
     "1f1b": Schedule1F1B,

@@ -10,6 +10,7 @@ losses, gradient norms, gradients and (but for families) weights after 3 steps; 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 import warnings
@@ -116,6 +117,7 @@ def main() -> None:
         "--section", nargs="+", choices=["schedules", "axes", "families"], default=["schedules", "axes", "families"]
     )
     parser.add_argument("--only", default="", help="rows that contain this text")
+    parser.add_argument("--add", action="store_true", help="keep the rows of the file at --json that are not measured again")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "pipeline_parity.json")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -136,6 +138,10 @@ def main() -> None:
         found.append({"model": name, "plan": plan} | result)
     good = sum("error" in row and not row["wrong"] for row in found)
     print(f"{good} of {len(found)} agree, {sum('refused' in row for row in found)} are refused")
+    if arguments.add and arguments.json.exists():
+        again = {(row["model"], row["plan"]) for row in found}
+        before = json.loads(arguments.json.read_text())["rows"]
+        found = [row for row in before if (row["model"], row["plan"]) not in again] + found
     write_json(arguments.json, record("cpu") | {"rows": found})
 
 

@@ -36,7 +36,8 @@ class Stage:
     def __init__(self, piece: Piece, model: nn.Module, device: torch.device, bound: dict[str, Tensor]) -> None:
         self.piece, self.model, self.device, self.bound = piece, model, device, bound
         self.queue = Queue()
-        held = {id(bound[name]): bound[name] for name in sorted(piece.parameters()) if name in bound}
+        self.names = piece.parameters()
+        held = {id(bound[name]): bound[name] for name in sorted(self.names) if name in bound}
         self.weights = [tensor for tensor in held.values() if tensor.requires_grad]
         self.random = any(is_random(op.func) or is_opaque(op) for op in piece.trace.ops)
         # What a leaf of autograd holds can't be written to.
