@@ -6,8 +6,8 @@ Two gloo ranks with one thread each train a GPT (fp32, AdamW, clipping) on 8 mic
 specialist writes on the same cut: two modules, `PipelineStage`, a schedule of `torch.distributed.pipelining`, and one all-reduce
 for the norm. `over ideal` is the step's wall time over (one device's / 2) / (1 - bubble), the bubble being the closed form's;
 target 1.10. `to by hand` has the target 1.00, in CPU seconds of both ranks. `simulated` is the wall time that the simulator gives
-for the measured seconds of each stage's F, B, I and W (target: within 10%), and `in flight` compares the bytes that autograd
-holds with the simulator's.
+for the measured seconds of each stage's F, B, I and W in that step (target: within 10%; the median of 3 steps), and `in flight`
+compares the bytes that autograd holds with the simulator's.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ CONFIGS = {
     "overhead": llama(layers=4, hidden=64, heads=4, vocab=256, sequence=64),
 }
 MICROBATCHES = 8
+STEPS = 3  # whose stages are timed
 PLANS = ["1f1b", "gpipe", "interleaved", "zero_bubble", "zbv"]
 BY_HAND = {
     "1f1b": Schedule1F1B,
@@ -155,27 +156,34 @@ def check(engines: dict[str, mw.Engine], contenders: dict[str, Step], batch: Bat
     assert max(first) - min(first) < 1e-4 * max(first), first
 
 
-def stage_seconds(each: mw.Engine, batch: Batch) -> dict[tuple[int, str], float]:
-    """Return the median seconds of this rank's computations by stage and kind, without the waiting."""
+def stage_seconds(each: mw.Engine, batch: Batch) -> list[dict[tuple[int, str], float]]:
+    """Return, for each of some steps, its own seconds and the median seconds of this rank's computations by stage and kind.
+
+    Without the waiting; an I that does its W too counts as B.
+    """
     found: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
+    runs = []
 
     @contextmanager
     def watch(action: Any) -> Iterator[None]:
+        whole = (action.stage, action.microbatch) in each.pipeline.schedule.at_once(dist.get_rank())
         began = time.perf_counter()
         yield
-        found[action.stage, action.kind].append(time.perf_counter() - began)
+        if not (whole and action.kind == "W"):
+            found[action.stage, "B" if whole and action.kind == "I" else action.kind].append(time.perf_counter() - began)
 
     before, each.pipeline.watch = each.pipeline.watch, watch
-    began = []
-    for _ in range(3):
+    for _ in range(STEPS):
+        found.clear()
         dist.barrier()
         start = time.perf_counter()
         each.accumulate(batch)
         dist.barrier()
-        began.append(time.perf_counter() - start)
+        step = time.perf_counter() - start
+        runs.append({key: statistics.median(values) for key, values in found.items()} | {(-1, "step"): step})
         each.zero_grad()
     each.pipeline.watch = before
-    return {key: statistics.median(values) for key, values in found.items()} | {(-1, "step"): statistics.median(began)}
+    return runs
 
 
 def held(each: mw.Engine, batch: Batch) -> dict[str, Any]:
@@ -231,20 +239,25 @@ class _Held:
 
 
 def simulation(each: mw.Engine, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the simulated and the measured seconds of forwards and backwards, and bytes in flight by rank."""
+    """Return simulated and measured seconds of forwards and backwards (of the step with the median ratio), bytes by rank."""
     schedule = each.pipeline.schedule
-    seconds = {key: value for rank in found for key, value in rank["stages"].items()}
     sizes = {stage: size for rank in found for stage, size in rank["bytes"].items()}
     kept = {stage: size for rank in found for stage, size in rank["bytes_after_inputs"].items()}
-    costs = []
-    for stage in range(schedule.stages):
-        inputs = seconds.get((stage, "B"), seconds.get((stage, "I"), 0.0))
-        costs.append(StageCost(seconds[stage, "F"], inputs, seconds.get((stage, "W"), 0.0), sizes[stage], kept.get(stage)))
-    simulated = simulate(schedule, costs)
-    measured = statistics.mean(rank["stages"][-1, "step"] for rank in found)
+    runs = []
+    for parts in zip(*(rank["stages"] for rank in found), strict=True):
+        seconds = {key: value for part in parts for key, value in part.items()}
+        costs = []
+        for stage in range(schedule.stages):
+            whole = seconds.get((stage, "B"))
+            inputs, weights = seconds.get((stage, "I"), whole or 0.0), seconds.get((stage, "W"), 0.0)
+            costs.append(StageCost(seconds[stage, "F"], inputs, weights, sizes[stage], kept.get(stage), whole))
+        runs.append((simulate(schedule, costs), statistics.mean(part[-1, "step"] for part in parts)))
+    runs.sort(key=lambda run: run[0].step_s / run[1])
+    simulated, measured = runs[len(runs) // 2]
     return {
         "simulated_s": simulated.step_s,
         "measured_s": measured,
+        "ratios": [run.step_s / seconds for run, seconds in runs],
         "simulated_bytes": list(simulated.rank_peak_bytes),
         "measured_bytes": [rank["most_bytes"] for rank in found],
         "bubble": simulate(schedule).bubble_fraction,

@@ -120,14 +120,16 @@ def _tolerance(expected: Tensor, tolerance: float) -> float:
     return max(tolerance, 2e-5) if expected.dtype == torch.float32 else tolerance
 
 
-def errors(name: str, plan: str, world_size: int, dtype: torch.dtype = torch.float64) -> dict[str, dict[str, float]]:
+def errors(
+    name: str, plan: str, world_size: int, dtype: torch.dtype = torch.float64, rows: int = ROWS
+) -> dict[str, dict[str, float]]:
     """Largest relative errors of losses, norms, each gradient and each weight, those above their tolerance by name in `wrong`.
 
     Fails if ranks disagree, or if tensors are missing.
     """
     tolerance = {torch.float64: 1e-9, torch.float32: 2e-5}[dtype]
-    expected = reference(name, dtype)
-    found = ranks.run(world_size, under_plan, name, plan, dtype)
+    expected = reference(name, dtype, rows)
+    found = ranks.run(world_size, under_plan, name, plan, dtype, rows)
     for rank in found[1:]:
         assert rank["losses"] == found[0]["losses"], "ranks disagree on the loss"
         assert rank["norms"] == found[0]["norms"], "ranks disagree on the norm"
@@ -145,5 +147,7 @@ def errors(name: str, plan: str, world_size: int, dtype: torch.dtype = torch.flo
     return result
 
 
-def assert_same_as_single_device(name: str, plan: str, world_size: int, dtype: torch.dtype = torch.float64) -> None:
-    assert not (wrong := errors(name, plan, world_size, dtype)["wrong"]), wrong
+def assert_same_as_single_device(
+    name: str, plan: str, world_size: int, dtype: torch.dtype = torch.float64, rows: int = ROWS
+) -> None:
+    assert not (wrong := errors(name, plan, world_size, dtype, rows)["wrong"]), wrong

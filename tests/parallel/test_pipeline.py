@@ -17,10 +17,12 @@ import zoo
 from meshwright.blueprint.blocks import block_names
 from meshwright.errors import ConfigError, ModelError, PlanError
 from meshwright.parallel.pipeline import receipts
+from meshwright.parallel.preview import preview
 from meshwright.partition.deferred import Queue, defer, settle
 from meshwright.partition.program import Program
 from meshwright.partition.stages import cut, edges
 from meshwright.partition.trace import Subject, Trace, trace
+from meshwright.plan import Plan
 from meshwright.plan.lowering import direction
 from meshwright.plan.orders import SCHEDULES
 from meshwright.plan.schedule import build, chain
@@ -103,6 +105,48 @@ def test_deferring_covers_convolutions_norms_embeddings_and_shared_weights() -> 
     settle(queue.current, list(model.parameters()))
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_a_preview_names_the_stages_what_they_send_and_what_zero_3_gathers() -> None:
+    case, model = zoo.find("gpt-8"), zoo.build("gpt-8")
+    plan = Plan.parse("interleaved pp=2 dp_shard=2 zero=3 microbatches=4")
+    found = preview(model, plan, lambda batch: case.loss(model(batch[0]), batch), case.batch(0, 3))
+    assert [(s.rank, s.first, s.last) for s in found.stages] == [
+        (rank, f"blocks.{2 * number}", f"blocks.{2 * number + 1}") for number, rank in enumerate((0, 1, 0, 1))
+    ]
+    assert [s.sends for s in found.stages] == [((n + 1, 1, 3 * 12 * 16 * 8),) for n in range(3)] + [()]
+    tied = model.embedding.weight.numel() * 8
+    assert sum(s.parameter_bytes for s in found.stages) == sum(p.numel() for p in model.parameters()) * 8 + tied
+    held = max(found.stages[rank].parameter_bytes + found.stages[rank + 2].parameter_bytes for rank in (0, 1))
+    assert f"once a step, for its 4 micro-batches, and holds up to {held:,} bytes" in found.notes[-1]
+    assert "stage 0 on rank 0: blocks.0 to blocks.1" in str(found)
+
+
+class Talks(nn.Module):
+    """Blocks that hand on something beside a tensor."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor: Any = 1.0
+        for layer in self.layers:
+            x = torch.tanh(layer(x)) * factor
+            if self.kind == "a float read from values":
+                factor = float(x.abs().max())
+            elif self.kind == "a sparse tensor":
+                x = x + torch.sparse.mm((x.detach() > 0).to(x.dtype).to_sparse(), torch.eye(8, dtype=x.dtype))
+        return x
+
+
+@pytest.mark.parametrize("kind", ["a float read from values", "a sparse tensor"])
+def test_what_is_no_plain_tensor_at_a_cut_is_refused_before_anything_starts(kind: str) -> None:
+    model, batch = Talks(kind), torch.randn(4, 8)
+    with pytest.raises(ModelError) as error:
+        preview(model, Plan.parse("pp=2 microbatches=2"), lambda b: model(b).square().mean(), batch)
+    assert "\n" not in str(error.value)
 
 
 @settings(max_examples=60, deadline=None)

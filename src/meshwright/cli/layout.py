@@ -1,4 +1,4 @@
-"""What `meshwright inspect --model M --plan P` shows: which weights the plan cuts, and every collective with its bytes."""
+"""What `meshwright inspect --model M --plan P` shows: the weights that the plan cuts, its stages, every message's bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def show_layout(model: str, text: str, seq: int | None, items: int, as_json: bool) -> int:
-    """Print what `tp`, `sp` and `cp` of a plan do to a model, for micro-batches of `items`; returns 0. No ranks are needed.
+    """Print what `tp`, `sp`, `cp` and `pp` of a plan do to a model, for micro-batches of `items`; returns 0. No ranks are needed.
 
     Raises `PlanError` for a plan that the model does not allow, with the nearest that it does.
     """

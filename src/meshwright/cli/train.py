@@ -90,7 +90,7 @@ def check(config: Any, ranks: int) -> None:
     spec = parse_spec(config.model.spec, sequence=config.data.sequence_length)
     if spec.config is not None and spec.config.vocab < VOCABULARY:
         raise ConfigError(f"model {spec.text!r} has vocab={spec.config.vocab}, but tokens are bytes: use vocab={VOCABULARY}")
-    if plan.tp > 1 or plan.cp > 1:
+    if plan.tp > 1 or plan.cp > 1 or plan.pp > 1:
         layout(spec.text, plan, config.data.sequence_length, 2)
     make_optimizer(config.optimizer)
     find_files(config.data.source)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +39,8 @@ class Stage:
     ) -> None:
         self.piece, self.model, self.device, self.bound, self.runs = piece, model, device, bound, runs
         self.queue = Queue()
-        held = {id(bound[name]): bound[name] for name in sorted(piece.parameters()) if name in bound}
+        self.names = piece.parameters()
+        held = {id(bound[name]): bound[name] for name in sorted(self.names) if name in bound}
         self.weights = [tensor for tensor in held.values() if tensor.requires_grad]
         self.random = any(is_random(op.func) or is_opaque(op) for op in piece.trace.ops)
         # What a leaf of autograd holds can't be written to.
@@ -116,8 +116,7 @@ class Runner:
         self._receipts = receipts(self.schedule, self.rank)
         row = self.schedule.actions[self.rank]
         # Where nothing comes between I and W there is nothing to gain: I does both, at once.
-        at_once = {(a.stage, a.microbatch) for a, b in pairwise(row) if (a.kind, b) == ("I", a._replace(kind="W"))}
-        self._apart = frozenset({(a.stage, a.microbatch) for a in row if a.kind == "W"} - at_once)
+        self._apart = frozenset((a.stage, a.microbatch) for a in row if a.kind == "W") - self.schedule.at_once(self.rank)
 
     def run(self, jobs: Sequence[Job], backward: bool = True) -> dict[int, object]:
         """Run the list for `jobs`, one for each micro-batch; return what the whole function returned for each, on the last stage.

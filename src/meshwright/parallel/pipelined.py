@@ -89,10 +89,7 @@ class Pipeline:
     def choose(self, function: Function, example: Any) -> None:
         """Decide the cut and every parameter's ranks. Raises `PlanError` for more stages than blocks, or a wrong `split=`."""
         whole = self.partition.traced(function, example)
-        rates = CPU if self.ranks.device.type == "cpu" else GPU
-        names = [call.name for call in whole.calls]
-        self.ends = place(self.plan, names, _seconds(whole, rates), [0.0] * len(names))
-        refuse_shared_memory(whole, self.ends)
+        self.ends = stage_ends(self.plan, whole, CPU if self.ranks.device.type == "cpu" else GPU)
         pieces = cut(self.partition.passed(whole, "loss"), self.ends)
         readers: dict[str, set[int]] = {}
         for piece in pieces:
@@ -206,6 +203,14 @@ class Pipeline:
                 )
 
 
+def stage_ends(plan: Plan, whole: Trace, rates: Rates) -> list[int]:
+    """Return where each stage ends, as numbers of block calls. Raises `PlanError` or `ModelError` where no such cut can run."""
+    names = [call.name for call in whole.calls]
+    ends = place(plan, names, _seconds(whole, rates), [0.0] * len(names))
+    refuse_shared_memory(whole, ends)
+    return ends
+
+
 class _Reduction:
     """Brings gradients to the buckets after every backward of a stage, and lets them leave after its last.
 
@@ -218,7 +223,7 @@ class _Reduction:
         by_name = {name: entry for entry in table for name in entry.names}
         self.entries: dict[int, list[Parameter]] = {}
         for stage in self.left:
-            names = set().union(*(cutting.pieces[stage].parameters() for cutting in {id(c): c for c in found}.values()))
+            names = set().union(*(cutting.stages[stage].names for cutting in found))
             self.entries[stage] = list({id(by_name[name]): by_name[name] for name in sorted(names)}.values())
         self._release(table)
 

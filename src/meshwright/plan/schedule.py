@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from meshwright.errors import PlanError
@@ -93,6 +94,11 @@ class Schedule:
     def computations(self, rank: int) -> list[Action]:
         """A rank's list without the messages."""
         return [action for action in self.actions[rank] if action.computes]
+
+    def at_once(self, rank: int) -> frozenset[tuple[int, int]]:
+        """The (stage, micro-batch) pairs whose W follows their I with nothing between: one whole backward does both."""
+        row = self.actions[rank]
+        return frozenset((a.stage, a.microbatch) for a, b in pairwise(row) if (a.kind, b) == ("I", a._replace(kind="W")))
 
     def __str__(self) -> str:
         return "\n".join(f"rank {rank}: " + " ".join(map(str, row)) for rank, row in enumerate(self.actions))

@@ -25,7 +25,8 @@ class StageCost:
     """What one micro-batch costs on one stage: seconds of forward, input gradients and weight gradients, and bytes kept.
 
     `saved_bytes` are kept from F until the backward; where that is split, `held_bytes` of them (default: all) stay from I to W,
-    and may be more than what was saved: output gradients wait there too.
+    and may be more than what was saved: output gradients wait there too. `backward_s` is what both gradients take at once, where
+    that differs from their sum.
     """
 
     forward_s: float = 1
@@ -33,11 +34,15 @@ class StageCost:
     weight_gradient_s: float = 1
     saved_bytes: float = 1
     held_bytes: float | None = None
+    backward_s: float | None = None
 
-    def seconds(self, kind: str) -> float:
-        """Seconds of a computation of this kind (F, B, I or W)."""
+    def seconds(self, kind: str, at_once: bool = False) -> float:
+        """Seconds of a computation of this kind (F, B, I or W); `at_once`: with a W that follows its I, in one backward."""
+        whole = self.input_gradient_s + self.weight_gradient_s if self.backward_s is None else self.backward_s
         if kind == "B":
-            return self.input_gradient_s + self.weight_gradient_s
+            return whole
+        if kind == "W" and at_once:
+            return whole - self.input_gradient_s
         return {"F": self.forward_s, "I": self.input_gradient_s, "W": self.weight_gradient_s}[kind]
 
     def bytes_after(self, kind: str) -> float:
@@ -119,6 +124,7 @@ class _Run:
     def __init__(self, schedule: Schedule, costs: Sequence[StageCost], transfer_s: float | Mapping[Edge, float]) -> None:
         self.schedule, self.costs, self.transfer_s = schedule, costs, transfer_s
         self.owners = schedule.stage_ranks
+        self.at_once = [schedule.at_once(rank) for rank in range(schedule.ranks)]
         self.near = Neighbours(schedule.edges, schedule.gradients)
         self.clock: list[float] = [0] * schedule.ranks
         self.position = [0] * schedule.ranks
@@ -150,7 +156,7 @@ class _Run:
             if when is None:
                 return False
             start = max(start, when)
-        end = start + self.costs[stage].seconds(kind)
+        end = start + self.costs[stage].seconds(kind, (stage, microbatch) in self.at_once[rank])
         self.clock[rank] = end
         self.spans.append(Span(rank, action, start, end))
         if kind != "W":
