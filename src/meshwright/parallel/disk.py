@@ -107,14 +107,19 @@ class Slot:
 class Transfer:
     """A read into, or a write from, `tensor` that is under way."""
 
-    tensor: Tensor
+    tensor: Tensor | None
     blocks: Sequence[Future[None]]
 
     def wait(self) -> Tensor:
         """Return the tensor once the transfer is done. Raises `TrainingError` in one sentence if the disk failed."""
         for block in self.blocks:
             block.result()
+        assert self.tensor is not None
         return self.tensor
+
+    def forget(self) -> None:
+        """Let go of the tensor of a transfer that is done."""
+        self.tensor = None
 
     @property
     def done(self) -> bool:
@@ -135,7 +140,7 @@ class Disk:
         self.written = self.read_back = 0
         self._descriptor = self._open()
         self._claimed = self._end = 0
-        self._free: dict[int, list[int]] = {}
+        self._free: dict[int, list[Slot]] = {}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="meshwright-disk")
         self._staging = threading.local()
         try:
@@ -170,7 +175,8 @@ class Disk:
         size = rounded(nbytes)
         reusable = self._free.get(size)
         if reusable:
-            return Slot(reusable.pop(), nbytes)
+            before = reusable.pop()
+            return Slot(before.offset, nbytes, before.latest)
         if self._end + size > self._claimed:
             self._claim(max(size, 32 * BLOCK) if self._claimed else size)
         slot = Slot(self._end, nbytes)
@@ -178,8 +184,8 @@ class Disk:
         return slot
 
     def release(self, slot: Slot) -> None:
-        """Give a slot's room back, once its transfers are done; the next slot of its size gets it."""
-        self._free.setdefault(rounded(slot.nbytes), []).append(slot.offset)
+        """Give a slot's room back; the next slot of its size gets it, and follows the transfers that are under way."""
+        self._free.setdefault(rounded(slot.nbytes), []).append(slot)
 
     def _claim(self, nbytes: int) -> None:
         if nbytes <= 0:
@@ -193,10 +199,12 @@ class Disk:
 
     # Transfers
 
-    def write(self, slot: Slot, tensor: Tensor) -> Transfer:
-        """Start writing a contiguous CPU tensor of the slot's size; it must not change before the transfer is done."""
+    def write(self, slot: Slot, tensor: Tensor, after: Callable[[], object] | None = None) -> Transfer:
+        """Start writing a contiguous CPU tensor of the slot's size, once `after` has returned; until the transfer is done it must
+        not change.
+        """
         self.written += tensor.nbytes
-        return self._start(slot, tensor, self._write_block)
+        return self._start(slot, tensor, self._write_block, after)
 
     def read(self, slot: Slot, tensor: Tensor) -> Transfer:
         """Start reading a slot into a contiguous CPU tensor of its size."""
@@ -209,14 +217,19 @@ class Disk:
         self.write(slot, tensor)
         return slot
 
-    def _start(self, slot: Slot, tensor: Tensor, work: Callable[[int, int, int], None]) -> Transfer:
+    def _start(
+        self, slot: Slot, tensor: Tensor, work: Callable[[int, int, int], None], after: Callable[[], object] | None = None
+    ) -> Transfer:
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.nbytes != slot.nbytes:
             raise ValueError(f"a slot of {slot.nbytes} bytes takes a contiguous CPU tensor of as many, not {tensor.nbytes}")
         before, address = slot.latest, tensor.data_ptr()
 
         def block(start: int) -> None:
             if before is not None:  # asked for earlier, so the pool has begun it: no thread waits for one that can't start
-                before.wait()
+                for earlier in before.blocks:
+                    earlier.result()
+            if after is not None:
+                after()
             try:
                 work(slot.offset + start, address + start, min(BLOCK, slot.nbytes - start))
             except OSError as error:

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from meshwright import _torch
 from meshwright.blueprint import costs
 from meshwright.blueprint.walk import untouched
+from meshwright.parallel.activations import Activations, View
 from meshwright.partition.deferred import Queue
 from meshwright.partition.program import Blocks
 from meshwright.partition.trace import is_plain
@@ -55,8 +56,8 @@ class Recompute:
     bytes and costs of the forwards so far, of every block and micro-batch in flight on this rank.
     """
 
-    def __init__(self, mode: str, names: Sequence[str], device: torch.device) -> None:
-        self.mode, self.names, self.device = mode, frozenset(names), device
+    def __init__(self, mode: str, names: Sequence[str], device: torch.device, offload: Activations | None = None) -> None:
+        self.mode, self.names, self.device, self.offload = mode, frozenset(names), device, offload
         self.rates = CPU if device.type == "cpu" else GPU
         self.budget = budget_bytes(mode)
         self._facts: dict[tuple[str, bool], _Facts] = {}
@@ -110,12 +111,20 @@ class Recompute:
         """Return `function(*args, **kwargs)`, which is a call of the block `module`, keeping only what was chosen."""
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
+        if self.offload is None:
+            return self._call(name, module, function, args, kwargs)
+        with self.offload.block(name, module, _torch.tensors_of((args, kwargs))):
+            return self._call(name, module, function, args, kwargs)
+
+    def _call(self, name: str, module: nn.Module, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.mode == "none":
+            return function(*args, **kwargs)
         facts = self.known(name, module, function, args, kwargs)
         if facts.choice.kept is None:
             return function(*args, **kwargs)
         frozen = _copied((args, kwargs), {})
         tensors = _unwritten(facts.writes, _torch.tensors_of((args, kwargs)))  # the caller's own may be written to
-        kept = _Kept(facts.choice.kept, self.device)
+        kept = _Kept(facts.choice.kept, self.device, self.offload)
         before = _Before(module, facts.changes)
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -168,8 +177,14 @@ class _Apart:
         """Return `function(*tensors)`, keeping only what was chosen."""
         if not torch.is_grad_enabled():
             return function(*tensors)
-        due = self.queue.current
+        offload = self.recompute.offload
+        if offload is None:
+            return self._run(name, module, function, graded, tensors)
+        with offload.block(name, module, tensors):
+            return self._run(name, module, function, graded, tensors)
 
+    def _run(self, name: str, module: nn.Module, function: Function, graded: list[bool], tensors: tuple[Tensor, ...]) -> Any:
+        due = self.queue.current
         self.queue.current = []
         facts = self.recompute.known(name, module, function, tensors, {})
         self.queue.current = due
@@ -181,7 +196,8 @@ class _Apart:
             return function(*_unwritten(facts.writes, inside))
 
         device = self.recompute.device
-        frame = _Frame(call, _Kept(facts.choice.kept, device), _Before(module, facts.changes), graded, device, self.recompute.spend)
+        kept = _Kept(facts.choice.kept, device, self.recompute.offload)
+        frame = _Frame(call, kept, _Before(module, facts.changes), graded, device, self.recompute.spend)
         anchor = torch.empty(0, device=device, requires_grad=True)
         return _Again.apply(anchor, frame, *tensors)  # type: ignore[no-untyped-call]
 
@@ -322,10 +338,10 @@ def _unwritten(writes: frozenset[int], tensors: Sequence[Tensor]) -> list[Tensor
 
 
 class _Kept:
-    """The results of one call that are kept, by their place among the ops that have FLOPs."""
+    """The results of one call that are kept, by their place among the products; they lie where `offload` puts them."""
 
-    def __init__(self, places: frozenset[int], device: torch.device) -> None:
-        self.places, self.device = places, device
+    def __init__(self, places: frozenset[int], device: torch.device, offload: Activations | None) -> None:
+        self.places, self.device, self.offload = places, device, offload
         self.results: dict[int, Any] = {}
         self.drawn: dict[int, list[Tensor]] = {}
 
@@ -349,7 +365,9 @@ class _Keeping(_torch.DispatchMode):
         if costs.is_product(func):
             self.place += 1
             if self.place in self.kept.places:
-                self.kept.results[self.place] = _torch.tree_map_tensors(Tensor.detach, result)
+                offload = self.kept.offload
+                pack = Tensor.detach if offload is None else lambda tensor: offload.pack(tensor.detach())
+                self.kept.results[self.place] = _torch.tree_map_tensors(pack, result)
                 if torch.Tag.nondeterministic_seeded in func.tags:
                     generators = _torch.seeded_default_generators(self.kept.device)
                     self.kept.drawn[self.place] = [generator.get_state() for generator in generators]
@@ -372,7 +390,11 @@ class _Replaying(_torch.DispatchMode):
                     generators = _torch.seeded_default_generators(self.kept.device)
                     for generator, state in zip(generators, self.kept.drawn[self.place], strict=True):
                         generator.set_state(state)
-                return _torch.tree_map_tensors(Tensor.detach, self.kept.results[self.place])
+                offload = self.kept.offload
+                leaves, spec = _torch.tree_flatten(self.kept.results[self.place])
+                if offload is not None:
+                    leaves = [offload.unpack(leaf) if isinstance(leaf, View) else leaf for leaf in leaves]
+                return _torch.tree_unflatten([x.detach() if isinstance(x, Tensor) else x for x in leaves], spec)
         return func(*args, **(kwargs or {}))
 
 
