@@ -149,7 +149,8 @@ class Recompute:
         facts = self._facts[key]
         if self.budget is not None and not self._spent:
             facts.calls += 1
-            entering = {_torch.storage_key(t): t.untyped_storage().nbytes() for t in _torch.tensors_of((args, kwargs))}
+            given = [tensor for tensor in _torch.tensors_of((args, kwargs)) if tensor.requires_grad]
+            entering = {_torch.storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in given}
             if facts.calls == 1:  # a mask that every block gets is kept once
                 entry = sum(nbytes for home, nbytes in entering.items() if home not in self._entered)
                 facts.costs = replace(facts.costs, entry=entry)
@@ -268,7 +269,8 @@ def _look(module: nn.Module, function: Function, args: Any, kwargs: Any, rates: 
                 if isinstance(value, Tensor):
                     value.data.copy_(content)
     returned = {_torch.storage_key(tensor) for tensor in _torch.tensors_of(output)}
-    entering = {_torch.storage_key(copy): copy.nbytes for copy in copies}
+    entering = {_torch.storage_key(copy): copy.nbytes for copy in copies if copy.requires_grad}
+    ignored |= {_torch.storage_key(copy) for copy in copies if not copy.requires_grad}
     items = tuple(
         Item(nbytes, 0.0 if place >= last or returned & {*homes} or ops.written & {*homes} else seconds)
         for place, nbytes, seconds, homes in ops.priced

@@ -37,8 +37,9 @@ class Item:
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """One call of a block on one micro-batch: bytes that enter it, bytes that autograd saves without recompute, the seconds of its
-    forward up to the last op that saves anything, and the results that may be kept, in the order in which they are made.
+    """One call of a block on one micro-batch: bytes that enter it and have a gradient (masks and tables are every block's), bytes
+    that autograd saves without recompute, the seconds of its forward up to the last op that saves anything, and the results that
+    may be kept, in the order in which they are made.
     """
 
     entry: int
@@ -131,8 +132,11 @@ def unit_costs(unit: Unit, items: int, rates: Rates) -> BlockCosts:
         for place, op in priced
     )
     forward = sum(rates.seconds(op, items) for op in unit.forward[:last])
-    entry = sum(tensor.bytes.at(items) for tensor in unit.inputs if tensor.bytes.per_item)
-    return BlockCosts(entry, unit.activation_bytes.at(items), forward, offered)
+    entry = sum(tensor.bytes.at(items) for tensor in unit.inputs if tensor.needs_gradient)
+    # Inputs that are the same for every item (position tables) are every block's: none of them keeps them.
+    made = [s for s in unit.saved if s.role == "activation" or (s.role == "input" and s.bytes.per_item)]
+    saved = sum(s.bytes.at(items) for s in made if not s.output)
+    return BlockCosts(entry, saved, forward, offered)
 
 
 def saved_bytes(blueprint: Blueprint, recompute: str, items: int, rates: Rates, in_flight: int = 1) -> tuple[int, float]:
