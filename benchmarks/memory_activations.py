@@ -2,11 +2,11 @@
 
     python benchmarks/memory_activations.py [--section recompute|loss|disk|all] [--rounds N] [--directory DIR] [--json PATH]
 
-`recompute`: a GPT (fp32, AdamW, one thread) under none, selective and full in turn; seconds per step as ratios to none, and the bytes
-that live between forward and backward. Targets: full at most 1.35, selective at most 1.10 with half of a block's bytes.
+`recompute`: a GPT (fp32, AdamW, one thread) under none, selective and full in turn; seconds per step as ratios to none, and the
+bytes that live between forward and backward. Targets: full at most 1.35, selective at most 1.10 with half of a block's bytes.
 `loss`: a small body under a vocabulary of 64k, whole and in 16 chunks: peak bytes of a step and seconds.
-`disk`: `parallel/disk.py` against plain sequential direct writes and reads of the same bytes in the same run (target 0.85), and a step
-with all activations on disk.
+`disk`: `parallel/disk.py` against plain sequential direct writes and reads of the same bytes in the same run (target 0.85), and a
+step with all activations on disk.
 """
 
 from __future__ import annotations

@@ -150,6 +150,8 @@ def _recompute(plan: Plan, module: nn.Module, partition: Partition | None, ranks
     asked = [f"recompute={plan.recompute}"] * (plan.recompute != "none") + [f"offload={plan.offload}"] * bool(moved)
     if not asked or not has_blocks(names, " ".join(asked), type(module).__name__):
         return None
+    if plan.data_parallel and torch.cuda.device_count() > 1:
+        raise PlanError(f"{' '.join(asked)}: the plan dp copies the module to every device at each step: use ddp")
     if moved and plan.recompute == "none" and plan.pp > 1 and plan.schedule in ("zero_bubble", "zbv", "dualpipev"):
         raise PlanError(
             f"offload=activations: {plan.schedule} holds on to activations until it has computed the weights' gradients: add "

@@ -97,7 +97,10 @@ class Recompute:
         """Send the calls of the blocks of `module` through here; the modules, their names and their hooks stay as they are."""
         for name in self.names:
             block = module.get_submodule(name)
-            block.__dict__["forward"] = _Forward(self, name, block, block.forward)
+            forward = block.forward
+            if isinstance(forward, _Forward):  # of an engine that had the module before
+                forward = forward.forward
+            block.__dict__["forward"] = _Forward(self, name, block, forward)
 
     def run(self, name: str, module: nn.Module, function: Function, graded: list[bool], *tensors: Tensor) -> Any:
         """`call` as a program makes it."""
@@ -109,11 +112,12 @@ class Recompute:
 
     def call(self, name: str, module: nn.Module, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return `function(*args, **kwargs)`, which is a call of the block `module`, keeping only what was chosen."""
-        if not torch.is_grad_enabled():
+        tensors = _torch.tensors_of((args, kwargs))
+        if not torch.is_grad_enabled() or any(isinstance(tensor, _torch.FakeTensor) for tensor in tensors):
             return function(*args, **kwargs)
         if self.offload is None:
             return self._call(name, module, function, args, kwargs)
-        with self.offload.block(name, module, _torch.tensors_of((args, kwargs))):
+        with self.offload.block(name, module, tensors):
             return self._call(name, module, function, args, kwargs)
 
     def _call(self, name: str, module: nn.Module, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -9,6 +9,10 @@ convolutions); the rest of its forward, up to the last op that saves anything, r
 Both are sums, so the choices worth making are a Pareto front, found exactly by adding one result after another and dropping what is
 dominated (a 0/1 knapsack; arXiv:1604.06174 and arXiv:2205.05198 are the two ends of it). Fronts of blocks add up in the same way.
 
+Times the micro-batches in flight, over the blocks of a rank, these are its saved activations; what lies outside of the blocks comes
+on top, with the logits and what the loss makes of them divided by `loss_chunks`. Blocks under `offload=activations` keep what is
+smaller than a transfer, and of two blocks at a time everything.
+
 The runtime (`parallel/recompute.py`) and the planner call the same functions, one with measured and one with captured costs.
 """
 
