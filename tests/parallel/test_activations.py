@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,32 @@ def test_the_numbers_are_the_same(tmp_path: Path, kind: str, plan: str, world_si
         assert losses == losses_0
         assert {k for k in state_0 if not torch.equal(state[k], state_0[k])} == set()
     assert not list(tmp_path.iterdir())
+
+
+class Slow(nn.Module):
+    """Makes storages that go at once, while the disk has time to write them: others come in their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(6):
+            x = torch.tanh(x @ self.weight) * x.sigmoid()
+            time.sleep(0.005)
+        return x
+
+
+def test_a_storage_that_is_gone_is_not_taken_for_the_next_in_its_place(tmp_path: Path) -> None:
+    losses = []
+    for plan in ("single", f"offload=activations:nvme={tmp_path}"):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Slow() for _ in range(3)))
+        engine = mw.parallelize(
+            model, plan, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), loss_fn=lambda out, _: out.square().mean()
+        )
+        losses.append([engine.step(torch.ones(50, 64)).loss for _ in range(3)])
+    assert losses[0] == losses[1]
 
 
 class Wide(nn.Module):

@@ -123,7 +123,8 @@ class _Call:
     def __init__(self, home: _Home, stays: set[int], before: _Call | None) -> None:
         self.home, self.stays, self.before = home, stays, before
         self.stored: dict[int, _Stored] = {}
-        self.fetched = False
+        self.kept: list[weakref.ref[_Stored]] = []
+        self.fetched = self.closed = False
 
     def store(self, tensor: Tensor) -> _Stored | None:
         """Send a tensor's storage out, unless it stays."""
@@ -132,12 +133,16 @@ class _Call:
             return None
         if key not in self.stored:
             self.stored[key] = _Stored(self, tensor)
+            self.kept.append(weakref.ref(self.stored[key]))
         return self.stored[key]
 
     def close(self) -> None:
-        """The call is over: its keys may come again, and whoever saved the tensors holds them by their views."""
-        self.kept = [weakref.ref(stored) for stored in self.stored.values()]
-        self.stored = {}
+        """The call is over: storages may go, and their keys come again; whoever saved the tensors holds them by their views."""
+        self.stored, self.closed = {}, True
+
+    def forget(self, stored: _Stored) -> None:
+        """A storage goes while the call is under way: its key may come again."""
+        self.stored = {key: other for key, other in self.stored.items() if other is not stored}
 
     def fetch(self) -> None:
         """Begin to bring back what is out, and what the call before has out."""
@@ -205,7 +210,7 @@ class _OnDisk(_Home):
 
     def __init__(self, directory: str) -> None:
         self.disk = Disk(directory)
-        self.waiting: deque[tuple[Transfer, weakref.ref[_Stored]]] = deque()
+        self.waiting: deque[tuple[Transfer, _Call, weakref.ref[_Stored]]] = deque()
         self.bytes_waiting = 0
 
     @property
@@ -215,18 +220,21 @@ class _OnDisk(_Home):
     def send(self, stored: _Stored) -> _DiskTicket:
         assert stored.memory is not None
         slot = self.disk.slot(stored.memory.nbytes)
-        self.waiting.append((self.disk.write(slot, stored.memory), weakref.ref(stored)))
+        self.waiting.append((self.disk.write(slot, stored.memory), stored.call, weakref.ref(stored)))
         self.bytes_waiting += slot.nbytes
         self._let_go()
         return _DiskTicket(slot)
 
     def _let_go(self) -> None:
-        while self.waiting and (self.waiting[0][0].done or self.bytes_waiting > self._UNDER_WAY):
-            transfer, reference = self.waiting.popleft()
+        while self.waiting:
+            transfer, call, reference = self.waiting[0]
+            if not (transfer.done and call.closed) and self.bytes_waiting <= self._UNDER_WAY:
+                return
+            self.waiting.popleft()
             self.bytes_waiting -= transfer.wait().nbytes
-            transfer.forget()
             stored = reference()
             if stored is not None:
+                call.forget(stored)
                 stored.memory = None
 
     def fetch(self, ticket: _DiskTicket) -> None:
@@ -249,7 +257,7 @@ class _GpuTicket:
     def __init__(self, host: Tensor | None, nbytes: int, gone: Any) -> None:
         self.host, self.nbytes, self.gone = host, nbytes, gone
         self.slot: Slot | None = None
-        self.written = Transfer(None, ())
+        self.writing: Sequence[Any] = ()
         self.reading: Transfer | None = None
         self.coming: tuple[Tensor, Any] | None = None
 
@@ -280,9 +288,9 @@ class _Gpu(_Home):
             stored = reference()
             if stored is not None:
                 stored.memory = None
-        while self.writing and (self.writing[0].written.done or len(self.writing) > self._BUFFERS):
+        while self.writing and (all(block.done() for block in self.writing[0].writing) or len(self.writing) > self._BUFFERS):
             ticket = self.writing.popleft()
-            for block in ticket.written.blocks:
+            for block in ticket.writing:
                 block.result()
             self._give_back(ticket)
 
@@ -303,7 +311,7 @@ class _Gpu(_Home):
         ticket = _GpuTicket(host, host.nbytes, gone)
         if self.disk is not None:
             ticket.slot = self.disk.slot(host.nbytes)
-            ticket.written = self.disk.write(ticket.slot, host, after=gone.synchronize)
+            ticket.writing = self.disk.write(ticket.slot, host, after=gone.synchronize).blocks
             self.writing.append(ticket)
         self.waiting.append((ticket, stored.call, weakref.ref(stored)))
         return ticket
@@ -340,7 +348,7 @@ class _Gpu(_Home):
         if ticket.slot is not None:
             assert self.disk is not None
             if ticket.host is not None:
-                for block in (*ticket.written.blocks, *(ticket.reading.blocks if ticket.reading is not None else ())):
+                for block in (*ticket.writing, *(ticket.reading.blocks if ticket.reading is not None else ())):
                     block.result()
             self.disk.release(ticket.slot)
         self._give_back(ticket)  # later copies into it run on the same stream, after those out of it

@@ -96,30 +96,25 @@ def _filesystem(path: Path) -> str:
 
 @dataclass(eq=False)
 class Slot:
-    """A stretch of the file: `nbytes` of use at `offset`. `latest` are the transfers that a next one has to follow."""
+    """A stretch of the file: `nbytes` of use at `offset`. `latest` are the blocks of the transfer that a next one has to follow."""
 
     offset: int
     nbytes: int
-    latest: Transfer | None = field(default=None, repr=False)
+    latest: Sequence[Future[None]] = field(default=(), repr=False)
 
 
 @dataclass(eq=False)
 class Transfer:
     """A read into, or a write from, `tensor` that is under way."""
 
-    tensor: Tensor | None
+    tensor: Tensor
     blocks: Sequence[Future[None]]
 
     def wait(self) -> Tensor:
         """Return the tensor once the transfer is done. Raises `TrainingError` in one sentence if the disk failed."""
         for block in self.blocks:
             block.result()
-        assert self.tensor is not None
         return self.tensor
-
-    def forget(self) -> None:
-        """Let go of the tensor of a transfer that is done."""
-        self.tensor = None
 
     @property
     def done(self) -> bool:
@@ -222,21 +217,20 @@ class Disk:
     ) -> Transfer:
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.nbytes != slot.nbytes:
             raise ValueError(f"a slot of {slot.nbytes} bytes takes a contiguous CPU tensor of as many, not {tensor.nbytes}")
-        before, address = slot.latest, tensor.data_ptr()
+        before = slot.latest
 
         def block(start: int) -> None:
-            if before is not None:  # asked for earlier, so the pool has begun it: no thread waits for one that can't start
-                for earlier in before.blocks:
-                    earlier.result()
+            for earlier in before:  # asked for earlier, so the pool has begun it: no thread waits for one that can't start
+                earlier.result()
             if after is not None:
                 after()
             try:
-                work(slot.offset + start, address + start, min(BLOCK, slot.nbytes - start))
+                work(slot.offset + start, tensor.data_ptr() + start, min(BLOCK, slot.nbytes - start))
             except OSError as error:
                 raise self._failure(error) from error
 
-        slot.latest = Transfer(tensor, [self._pool.submit(block, start) for start in range(0, slot.nbytes, BLOCK)])
-        return slot.latest
+        slot.latest = [self._pool.submit(block, start) for start in range(0, slot.nbytes, BLOCK)]
+        return Transfer(tensor, slot.latest)
 
     def _write_block(self, offset: int, address: int, nbytes: int) -> None:
         if address % ALIGNMENT or nbytes % ALIGNMENT:
