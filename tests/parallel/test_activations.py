@@ -79,7 +79,12 @@ class Wide(nn.Module):
 
 def engine_of(plan: str) -> Any:
     torch.manual_seed(0)
-    return mw.parallelize(Wide(), plan, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), loss_fn=lambda out, _: out.square().mean())
+
+    def loss(out: torch.Tensor, _: Any) -> torch.Tensor:
+        time.sleep(0.1)  # by then the disk is done
+        return out.square().mean()
+
+    return mw.parallelize(Wide(), plan, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), loss_fn=loss)
 
 
 @pytest.mark.parametrize("fraction", ["", "@0.5"])
