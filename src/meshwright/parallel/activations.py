@@ -35,6 +35,7 @@ class Activations:
 
     def __init__(self, items: Sequence[Offload], device: torch.device) -> None:
         """Open what the items need. Raises `PlanError` for a directory that won't do."""
+        self._device = device
         on_gpu = device.type == "cuda"
         if not on_gpu and any(item.directory is None for item in items):
             warnings.warn("offload=activations:cpu moves nothing here: this rank computes in host memory already", stacklevel=2)
@@ -85,6 +86,8 @@ class Activations:
         base = tensor if tensor._base is None else tensor._base
         call = self._current
         if call is None or (base.is_leaf and base.requires_grad) or tensor.layout != torch.strided:
+            return tensor
+        if tensor.device.type != self._device.type:
             return tensor
         stored = call.store(tensor)
         return tensor if stored is None else View(stored, tensor)
@@ -165,6 +168,7 @@ class _Stored:
         self.ticket: Any = call.home.send(self)
 
     def fetch(self) -> None:
+        """Begin to bring it back."""
         if self.memory is None:
             self.call.home.fetch(self.ticket)
 
@@ -183,15 +187,19 @@ class _Home:
     written = 0
 
     def send(self, stored: _Stored) -> Any:
+        """Begin to take a storage out; return what it is found by."""
         raise NotImplementedError
 
     def fetch(self, ticket: Any) -> None:
+        """Begin to bring it back."""
         raise NotImplementedError
 
     def receive(self, ticket: Any) -> Tensor:
+        """Return it."""
         raise NotImplementedError
 
     def free(self, ticket: Any) -> None:
+        """Forget it: its room may be used again."""
         raise NotImplementedError
 
 
@@ -215,9 +223,11 @@ class _OnDisk(_Home):
 
     @property
     def written(self) -> int:  # type: ignore[override]
+        """Bytes that have gone out."""
         return self.disk.written
 
     def send(self, stored: _Stored) -> _DiskTicket:
+        """Begin to take a storage out; return what it is found by."""
         assert stored.memory is not None
         slot = self.disk.slot(stored.memory.nbytes)
         self.waiting.append((self.disk.write(slot, stored.memory), stored.call, weakref.ref(stored)))
@@ -238,15 +248,18 @@ class _OnDisk(_Home):
                 stored.memory = None
 
     def fetch(self, ticket: _DiskTicket) -> None:
+        """Begin to bring it back."""
         if ticket.reading is None:
             ticket.reading = self.disk.read(ticket.slot, aligned(ticket.slot.nbytes))
 
     def receive(self, ticket: _DiskTicket) -> Tensor:
+        """Return it."""
         self.fetch(ticket)
         assert ticket.reading is not None
         return ticket.reading.wait()
 
     def free(self, ticket: _DiskTicket) -> None:
+        """Forget it: its room may be used again."""
         self.disk.release(ticket.slot)
         self._let_go()
 
@@ -296,10 +309,13 @@ class _Gpu(_Home):
 
     def _give_back(self, ticket: _GpuTicket) -> None:
         if ticket.host is not None:
+            if self.disk is not None and ticket.coming is not None:
+                ticket.coming[1].synchronize()  # a thread of the disk may be the next to write into it
             self.spare.setdefault(ticket.nbytes, []).append(ticket.host)
             ticket.host = None
 
     def send(self, stored: _Stored) -> _GpuTicket:
+        """Begin to take a storage out; return what it is found by."""
         self._settle(stored.call)
         assert stored.memory is not None
         host = self._pinned(stored.memory.nbytes)
@@ -317,7 +333,8 @@ class _Gpu(_Home):
         return ticket
 
     def fetch(self, ticket: _GpuTicket) -> None:
-        if ticket.coming is not None:
+        """Begin to bring it back."""
+        if ticket.coming is not None or ticket.reading is not None:
             return
         if ticket.slot is not None and ticket.host is None:
             assert self.disk is not None
@@ -335,6 +352,7 @@ class _Gpu(_Home):
             ticket.coming = (memory, self.stream.record_event())
 
     def receive(self, ticket: _GpuTicket) -> Tensor:
+        """Return it."""
         self.fetch(ticket)
         if ticket.reading is not None and ticket.coming is None:
             ticket.reading.wait()
@@ -345,6 +363,7 @@ class _Gpu(_Home):
         return memory
 
     def free(self, ticket: _GpuTicket) -> None:
+        """Forget it: its room may be used again."""
         if ticket.slot is not None:
             assert self.disk is not None
             if ticket.host is not None:

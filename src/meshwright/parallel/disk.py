@@ -220,6 +220,7 @@ class Disk:
         before = slot.latest
 
         def block(start: int) -> None:
+            """Move one block, after those that were asked for before."""
             for earlier in before:  # asked for earlier, so the pool has begun it: no thread waits for one that can't start
                 earlier.result()
             if after is not None:

@@ -85,13 +85,13 @@ class Recompute:
         """Before the first repetition: every block has been looked at by now, once for each micro-batch in flight at most."""
         if self.budget is None or self._spent:
             return
-        self._spent = True
         outside = sum(nbytes for key, nbytes in self._outside.items() if key not in self._entered)
-        self._outside.clear()
         blocks = list(self._facts.values())
         chosen = fit([(block.costs, block.calls) for block in blocks], outside, self.budget)
         for block, choice in zip(blocks, chosen, strict=True):
             block.choice = choice
+        self._spent = True
+        self._outside.clear()
 
     def wrap(self, module: nn.Module) -> None:
         """Send the calls of the blocks of `module` through here; the modules, their names and their hooks stay as they are."""
@@ -126,8 +126,12 @@ class Recompute:
         facts = self.known(name, module, function, args, kwargs)
         if facts.choice.kept is None:
             return function(*args, **kwargs)
-        frozen = _copied((args, kwargs), {})
-        tensors = _unwritten(facts.writes, _torch.tensors_of((args, kwargs)))  # the caller's own may be written to
+        leaves, spec = _torch.tree_flatten((args, kwargs))
+        memo: dict[int, Any] = {}
+        frozen = [None if isinstance(leaf, Tensor) else _copied(leaf, memo) for leaf in leaves]
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = _unwritten(facts.writes, [leaves[place] for place in places])  # the caller's own may be written to
+        first = [(args, kwargs)]  # taken by the call: what is kept is autograd's to hold
         kept = _Kept(facts.choice.kept, self.device, self.offload)
         before = _Before(module, facts.changes)
 
@@ -135,12 +139,15 @@ class Recompute:
             return kept.forward(), before.again(kept.backward())
 
         def call(*again: Tensor) -> Any:
+            """The call itself, then its repetitions."""
             if not before.repeating:
-                return function(*args, **kwargs)
+                given, named = first.pop()
+                return function(*given, **named)
             self.spend()
-            filled = iter(_unwritten(facts.writes, again))
-            inside, named = _torch.tree_map_tensors(lambda _: next(filled), frozen)
-            return function(*inside, **named)
+            filled, memo = dict(zip(places, _unwritten(facts.writes, again), strict=True)), dict[int, Any]()
+            values = [filled[place] if place in filled else _copied(leaf, memo) for place, leaf in enumerate(frozen)]
+            given, named = _torch.tree_unflatten(values, spec)
+            return function(*given, **named)
 
         return checkpoint(call, *tensors, use_reentrant=False, context_fn=contexts)
 
