@@ -53,9 +53,8 @@ def test_transfers_of_one_slot_keep_their_order(tmp_path_factory: pytest.TempPat
 def test_nothing_is_left_in_the_directory_and_room_is_used_again(tmp_path: Path) -> None:
     disk = Disk(str(tmp_path))
     assert not list(tmp_path.iterdir())
-    slot = disk.put(torch.zeros(10_000, dtype=torch.uint8))
-    assert slot.latest is not None
-    slot.latest.wait()
+    slot = disk.slot(10_000)
+    disk.write(slot, torch.zeros(10_000, dtype=torch.uint8)).wait()
     disk.release(slot)
     assert disk.slot(10_001).offset == slot.offset
     assert disk.slot(10_001).offset != slot.offset

@@ -21,6 +21,7 @@ from meshwright._torch import tensors_of, tree_map_tensors
 from meshwright.blueprint.blocks import block_names
 from meshwright.errors import ModelError, PlanError
 from meshwright.parallel import fsdp, materialise
+from meshwright.parallel.activations import Activations
 from meshwright.parallel.buckets import Buckets
 from meshwright.parallel.parameters import Parameter, collect, rebind
 from meshwright.parallel.partitioned import Partition, axes
@@ -28,6 +29,7 @@ from meshwright.parallel.pipelined import Pipeline
 from meshwright.parallel.ranks import Ranks, open_homes
 from meshwright.parallel.recompute import Recompute, has_blocks
 from meshwright.plan import Plan
+from meshwright.plan.plan import offloads
 
 COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precision in the plan -> the dtype that matmuls run in; None leaves every tensor in the dtype the model gave it."""
@@ -146,9 +148,18 @@ def _divide(
 def _recompute(plan: Plan, module: nn.Module, partition: Partition | None, ranks: Ranks) -> Recompute | None:
     """Send the calls of blocks through `recompute`: by the module where it runs as it is, else by the programs that run it."""
     names = block_names(module)
-    if plan.recompute == "none" or not has_blocks(names, f"recompute={plan.recompute}", type(module).__name__):
+    moved = [item for item in offloads(plan.offload) if item.what == "activations"]
+    asked = [f"recompute={plan.recompute}"] * (plan.recompute != "none") + [f"offload={plan.offload}"] * bool(moved)
+    if not asked or not has_blocks(names, " ".join(asked), type(module).__name__):
         return None
-    runs = Recompute(plan.recompute, names, ranks.device)
+    if plan.data_parallel and torch.cuda.device_count() > 1:
+        raise PlanError(f"{' '.join(asked)}: the plan dp copies the module to every device at each step: use ddp")
+    if moved and plan.recompute == "none" and plan.pp > 1 and plan.schedule in ("zero_bubble", "zbv", "dualpipev"):
+        raise PlanError(
+            f"offload=activations: {plan.schedule} holds on to activations until it has computed the weights' gradients: add "
+            "recompute=selective or recompute=full, or use schedule=1f1b"
+        )
+    runs = Recompute(plan.recompute, names, ranks.device, Activations(moved, ranks.device) if moved else None)
     if partition is None:
         runs.wrap(module)
     else:
@@ -176,13 +187,15 @@ def refuse_unavailable(plan: Plan) -> None:
     """Raise `PlanError` for a legal plan that this version does not execute yet."""
     default = Plan()
     pipeline = () if plan.pp != 1 else ("schedule", "virtual", "split")
-    memory = ("offload", "optimizer_state", "master", "update", "clip")
+    memory = ("optimizer_state", "master", "update", "clip")
     for name in ("ep", *pipeline, *memory, "compile"):
         if getattr(plan, name) != getattr(default, name):
             item = str(Plan(**{name: getattr(plan, name)}))
             raise PlanError(
                 f"{item} is not available in this version: leave {name} out; dp_replicate, dp_shard, zero, tp, cp and pp are"
             )
+    if any(item.what != "activations" for item in offloads(plan.offload)):
+        raise PlanError(f"offload={plan.offload} is not available in this version: only activations are offloaded yet")
     if plan.sp and plan.tp == 1:
         raise PlanError("sp=on divides activations over the ranks of tp: add tp=N, or leave sp out")
     if plan.precision not in COMPUTE_DTYPES:

@@ -96,11 +96,11 @@ def _filesystem(path: Path) -> str:
 
 @dataclass(eq=False)
 class Slot:
-    """A stretch of the file: `nbytes` of use at `offset`. `latest` are the transfers that a next one has to follow."""
+    """A stretch of the file: `nbytes` of use at `offset`. `latest` are the blocks of the transfer that a next one has to follow."""
 
     offset: int
     nbytes: int
-    latest: Transfer | None = field(default=None, repr=False)
+    latest: Sequence[Future[None]] = field(default=(), repr=False)
 
 
 @dataclass(eq=False)
@@ -135,7 +135,7 @@ class Disk:
         self.written = self.read_back = 0
         self._descriptor = self._open()
         self._claimed = self._end = 0
-        self._free: dict[int, list[int]] = {}
+        self._free: dict[int, list[Slot]] = {}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="meshwright-disk")
         self._staging = threading.local()
         try:
@@ -170,7 +170,8 @@ class Disk:
         size = rounded(nbytes)
         reusable = self._free.get(size)
         if reusable:
-            return Slot(reusable.pop(), nbytes)
+            before = reusable.pop()
+            return Slot(before.offset, nbytes, before.latest)
         if self._end + size > self._claimed:
             self._claim(max(size, 32 * BLOCK) if self._claimed else size)
         slot = Slot(self._end, nbytes)
@@ -178,8 +179,8 @@ class Disk:
         return slot
 
     def release(self, slot: Slot) -> None:
-        """Give a slot's room back, once its transfers are done; the next slot of its size gets it."""
-        self._free.setdefault(rounded(slot.nbytes), []).append(slot.offset)
+        """Give a slot's room back; the next slot of its size gets it, and follows the transfers that are under way."""
+        self._free.setdefault(rounded(slot.nbytes), []).append(slot)
 
     def _claim(self, nbytes: int) -> None:
         if nbytes <= 0:
@@ -193,10 +194,12 @@ class Disk:
 
     # Transfers
 
-    def write(self, slot: Slot, tensor: Tensor) -> Transfer:
-        """Start writing a contiguous CPU tensor of the slot's size; it must not change before the transfer is done."""
+    def write(self, slot: Slot, tensor: Tensor, after: Callable[[], object] | None = None) -> Transfer:
+        """Start writing a contiguous CPU tensor of the slot's size, once `after` has returned; until the transfer is done it must
+        not change.
+        """
         self.written += tensor.nbytes
-        return self._start(slot, tensor, self._write_block)
+        return self._start(slot, tensor, self._write_block, after)
 
     def read(self, slot: Slot, tensor: Tensor) -> Transfer:
         """Start reading a slot into a contiguous CPU tensor of its size."""
@@ -209,21 +212,26 @@ class Disk:
         self.write(slot, tensor)
         return slot
 
-    def _start(self, slot: Slot, tensor: Tensor, work: Callable[[int, int, int], None]) -> Transfer:
+    def _start(
+        self, slot: Slot, tensor: Tensor, work: Callable[[int, int, int], None], after: Callable[[], object] | None = None
+    ) -> Transfer:
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.nbytes != slot.nbytes:
             raise ValueError(f"a slot of {slot.nbytes} bytes takes a contiguous CPU tensor of as many, not {tensor.nbytes}")
-        before, address = slot.latest, tensor.data_ptr()
+        before = slot.latest
 
         def block(start: int) -> None:
-            if before is not None:  # asked for earlier, so the pool has begun it: no thread waits for one that can't start
-                before.wait()
+            """Move one block, after those that were asked for before."""
+            for earlier in before:  # asked for earlier, so the pool has begun it: no thread waits for one that can't start
+                earlier.result()
+            if after is not None:
+                after()
             try:
-                work(slot.offset + start, address + start, min(BLOCK, slot.nbytes - start))
+                work(slot.offset + start, tensor.data_ptr() + start, min(BLOCK, slot.nbytes - start))
             except OSError as error:
                 raise self._failure(error) from error
 
-        slot.latest = Transfer(tensor, [self._pool.submit(block, start) for start in range(0, slot.nbytes, BLOCK)])
-        return slot.latest
+        slot.latest = [self._pool.submit(block, start) for start in range(0, slot.nbytes, BLOCK)]
+        return Transfer(tensor, slot.latest)
 
     def _write_block(self, offset: int, address: int, nbytes: int) -> None:
         if address % ALIGNMENT or nbytes % ALIGNMENT:

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from meshwright import _torch
 from meshwright.blueprint import costs
 from meshwright.blueprint.walk import untouched
+from meshwright.parallel.activations import Activations, View
 from meshwright.partition.deferred import Due, Queue
 from meshwright.partition.program import Blocks
 from meshwright.partition.trace import is_plain
@@ -55,8 +56,8 @@ class Recompute:
     bytes and costs of the forwards so far, of every block and micro-batch in flight on this rank.
     """
 
-    def __init__(self, mode: str, names: Sequence[str], device: torch.device) -> None:
-        self.mode, self.names, self.device = mode, frozenset(names), device
+    def __init__(self, mode: str, names: Sequence[str], device: torch.device, offload: Activations | None = None) -> None:
+        self.mode, self.names, self.device, self.offload = mode, frozenset(names), device, offload
         self.rates = CPU if device.type == "cpu" else GPU
         self.budget = budget_bytes(mode)
         self._facts: dict[tuple[str, bool], _Facts] = {}
@@ -84,19 +85,22 @@ class Recompute:
         """Before the first repetition: every block has been looked at by now, once for each micro-batch in flight at most."""
         if self.budget is None or self._spent:
             return
-        self._spent = True
         outside = sum(nbytes for key, nbytes in self._outside.items() if key not in self._entered)
-        self._outside.clear()
         blocks = list(self._facts.values())
         chosen = fit([(block.costs, block.calls) for block in blocks], outside, self.budget)
         for block, choice in zip(blocks, chosen, strict=True):
             block.choice = choice
+        self._spent = True
+        self._outside.clear()
 
     def wrap(self, module: nn.Module) -> None:
         """Send the calls of the blocks of `module` through here; the modules, their names and their hooks stay as they are."""
         for name in self.names:
             block = module.get_submodule(name)
-            block.__dict__["forward"] = _Forward(self, name, block, block.forward)
+            forward = block.forward
+            if isinstance(forward, _Forward):  # of an engine that had the module before
+                forward = forward.forward
+            block.__dict__["forward"] = _Forward(self, name, block, forward)
 
     def run(self, name: str, module: nn.Module, function: Function, graded: list[bool], *tensors: Tensor) -> Any:
         """`call` as a program makes it."""
@@ -108,26 +112,42 @@ class Recompute:
 
     def call(self, name: str, module: nn.Module, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return `function(*args, **kwargs)`, which is a call of the block `module`, keeping only what was chosen."""
-        if not torch.is_grad_enabled():
+        tensors = _torch.tensors_of((args, kwargs))
+        if not torch.is_grad_enabled() or any(isinstance(tensor, _torch.FakeTensor) for tensor in tensors):
+            return function(*args, **kwargs)
+        if self.offload is None:
+            return self._call(name, module, function, args, kwargs)
+        with self.offload.block(name, module, tensors):
+            return self._call(name, module, function, args, kwargs)
+
+    def _call(self, name: str, module: nn.Module, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.mode == "none":
             return function(*args, **kwargs)
         facts = self.known(name, module, function, args, kwargs)
         if facts.choice.kept is None:
             return function(*args, **kwargs)
-        frozen = _copied((args, kwargs), {})
-        tensors = _unwritten(facts.writes, _torch.tensors_of((args, kwargs)))  # the caller's own may be written to
-        kept = _Kept(facts.choice.kept, self.device)
+        leaves, spec = _torch.tree_flatten((args, kwargs))
+        memo: dict[int, Any] = {}
+        frozen = [None if isinstance(leaf, Tensor) else _copied(leaf, memo) for leaf in leaves]
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = _unwritten(facts.writes, [leaves[place] for place in places])  # the caller's own may be written to
+        first = [(args, kwargs)]  # taken by the call: what is kept is autograd's to hold
+        kept = _Kept(facts.choice.kept, self.device, self.offload)
         before = _Before(module, facts.changes)
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             return kept.forward(), before.again(kept.backward())
 
         def call(*again: Tensor) -> Any:
+            """The call itself, then its repetitions."""
             if not before.repeating:
-                return function(*args, **kwargs)
+                given, named = first.pop()
+                return function(*given, **named)
             self.spend()
-            filled = iter(_unwritten(facts.writes, again))
-            inside, named = _torch.tree_map_tensors(lambda _: next(filled), frozen)
-            return function(*inside, **named)
+            filled, memo = dict(zip(places, _unwritten(facts.writes, again), strict=True)), dict[int, Any]()
+            values = [filled[place] if place in filled else _copied(leaf, memo) for place, leaf in enumerate(frozen)]
+            given, named = _torch.tree_unflatten(values, spec)
+            return function(*given, **named)
 
         return checkpoint(call, *tensors, use_reentrant=False, context_fn=contexts)
 
@@ -140,7 +160,8 @@ class Recompute:
         facts = self._facts[key]
         if self.budget is not None and not self._spent:
             facts.calls += 1
-            entering = {_torch.storage_key(t): t.untyped_storage().nbytes() for t in _torch.tensors_of((args, kwargs))}
+            given = [tensor for tensor in _torch.tensors_of((args, kwargs)) if tensor.requires_grad]
+            entering = {_torch.storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in given}
             if facts.calls == 1:  # a mask that every block gets is kept once
                 entry = sum(nbytes for home, nbytes in entering.items() if home not in self._entered)
                 facts.costs = replace(facts.costs, entry=entry)
@@ -168,8 +189,14 @@ class _Apart:
         """Return `function(*tensors)`, keeping only what was chosen."""
         if not torch.is_grad_enabled():
             return function(*tensors)
-        due = self.queue.current
+        offload = self.recompute.offload
+        if offload is None:
+            return self._run(name, module, function, graded, tensors)
+        with offload.block(name, module, tensors):
+            return self._run(name, module, function, graded, tensors)
 
+    def _run(self, name: str, module: nn.Module, function: Function, graded: list[bool], tensors: tuple[Tensor, ...]) -> Any:
+        due = self.queue.current
         self.queue.current = Due()
         facts = self.recompute.known(name, module, function, tensors, {})
         self.queue.current = due
@@ -181,7 +208,8 @@ class _Apart:
             return function(*_unwritten(facts.writes, inside))
 
         device = self.recompute.device
-        frame = _Frame(call, _Kept(facts.choice.kept, device), _Before(module, facts.changes), graded, device, self.recompute.spend)
+        kept = _Kept(facts.choice.kept, device, self.recompute.offload)
+        frame = _Frame(call, kept, _Before(module, facts.changes), graded, device, self.recompute.spend)
         anchor = torch.empty(0, device=device, requires_grad=True)
         return _Again.apply(anchor, frame, *tensors)  # type: ignore[no-untyped-call]
 
@@ -252,7 +280,8 @@ def _look(module: nn.Module, function: Function, args: Any, kwargs: Any, rates: 
                 if isinstance(value, Tensor):
                     value.data.copy_(content)
     returned = {_torch.storage_key(tensor) for tensor in _torch.tensors_of(output)}
-    entering = {_torch.storage_key(copy): copy.nbytes for copy in copies}
+    entering = {_torch.storage_key(copy): copy.nbytes for copy in copies if copy.requires_grad}
+    ignored |= {_torch.storage_key(copy) for copy in copies if not copy.requires_grad}
     items = tuple(
         Item(nbytes, 0.0 if place >= last or returned & {*homes} or ops.written & {*homes} else seconds)
         for place, nbytes, seconds, homes in ops.priced
@@ -322,10 +351,10 @@ def _unwritten(writes: frozenset[int], tensors: Sequence[Tensor]) -> list[Tensor
 
 
 class _Kept:
-    """The results of one call that are kept, by their place among the ops that have FLOPs."""
+    """The results of one call that are kept, by their place among the products; they lie where `offload` puts them."""
 
-    def __init__(self, places: frozenset[int], device: torch.device) -> None:
-        self.places, self.device = places, device
+    def __init__(self, places: frozenset[int], device: torch.device, offload: Activations | None) -> None:
+        self.places, self.device, self.offload = places, device, offload
         self.results: dict[int, Any] = {}
         self.drawn: dict[int, list[Tensor]] = {}
 
@@ -349,7 +378,9 @@ class _Keeping(_torch.DispatchMode):
         if costs.is_product(func):
             self.place += 1
             if self.place in self.kept.places:
-                self.kept.results[self.place] = _torch.tree_map_tensors(Tensor.detach, result)
+                offload = self.kept.offload
+                pack = Tensor.detach if offload is None else lambda tensor: offload.pack(tensor.detach())
+                self.kept.results[self.place] = _torch.tree_map_tensors(pack, result)
                 if torch.Tag.nondeterministic_seeded in func.tags:
                     generators = _torch.seeded_default_generators(self.kept.device)
                     self.kept.drawn[self.place] = [generator.get_state() for generator in generators]
@@ -372,7 +403,11 @@ class _Replaying(_torch.DispatchMode):
                     generators = _torch.seeded_default_generators(self.kept.device)
                     for generator, state in zip(generators, self.kept.drawn[self.place], strict=True):
                         generator.set_state(state)
-                return _torch.tree_map_tensors(Tensor.detach, self.kept.results[self.place])
+                offload = self.kept.offload
+                leaves, spec = _torch.tree_flatten(self.kept.results[self.place])
+                if offload is not None:
+                    leaves = [offload.unpack(leaf) if isinstance(leaf, View) else leaf for leaf in leaves]
+                return _torch.tree_unflatten([x.detach() if isinstance(x, Tensor) else x for x in leaves], spec)
         return func(*args, **(kwargs or {}))
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from meshwright import _torch
 from meshwright.blueprint import costs
 from meshwright.blueprint.tape import Ref
 from meshwright.errors import PlanError
@@ -347,20 +348,13 @@ class ChunkedLoss:
     def _part(self, rows: Tensor, sides: dict[_SideKey, Tensor]) -> tuple[Tensor, ...]:
         """Run the ops on some rows."""
         values: dict[int, Tensor] = {self.region.hidden: rows}
-
-        def value(of: Any) -> Any:
-            if isinstance(of, Ref):
-                return values[of.number]
-            if isinstance(of, _Side):
-                return sides[_key(of)]
-            return type(of)(map(value, of)) if isinstance(of, list | tuple) else of
-
         for step in self.region.steps:
+            args = _filled(step.args, values, sides)
             if step.func is None:
-                values[step.outputs[0]] = value(step.args[0])
+                values[step.outputs[0]] = args[0]
                 continue
             with torch.set_grad_enabled(step.grad and torch.is_grad_enabled()):
-                result = step.func(*map(value, step.args), **{key: value(item) for key, item in step.kwargs.items()})
+                result = step.func(*args, **_filled(step.kwargs, values, sides))
             made = result if isinstance(result, tuple | list) else (result,)
             values.update(zip(step.outputs, made, strict=False))
         return tuple(values[end.number] for end in self.region.ends)
@@ -368,16 +362,10 @@ class ChunkedLoss:
     def _sides(self, part: Tensor, operands: Sequence[Tensor]) -> dict[_SideKey, Tensor]:
         """The other operands as the rows `part` need them."""
         found: dict[_SideKey, Tensor] = {}
-
-        def see(value: Any) -> None:
-            if isinstance(value, _Side) and _key(value) not in found:
-                found[_key(value)] = _taken(operands[value.place], value, part, self.region.tokens)
-            elif isinstance(value, list | tuple):
-                for item in value:
-                    see(item)
-
         for step in self.region.steps:
-            see((*step.args, *step.kwargs.values()))
+            for side in _torch.leaves_of((step.args, step.kwargs)):
+                if isinstance(side, _Side) and _key(side) not in found:
+                    found[_key(side)] = _taken(operands[side.place], side, part, self.region.tokens)
         return found
 
 
@@ -386,6 +374,17 @@ _SideKey = tuple[int, int]
 
 def _key(side: _Side) -> _SideKey:
     return side.place, id(side.layout)
+
+
+def _filled(of: Any, values: dict[int, Tensor], sides: dict[_SideKey, Tensor]) -> Any:
+    """An op's arguments with the tensors in their places. (A closure that calls itself would keep them all until a collection.)"""
+    if isinstance(of, Ref):
+        return values[of.number]
+    if isinstance(of, _Side):
+        return sides[_key(of)]
+    if isinstance(of, dict):
+        return {key: _filled(item, values, sides) for key, item in of.items()}
+    return type(of)(_filled(item, values, sides) for item in of) if isinstance(of, list | tuple) else of
 
 
 def _taken(operand: Tensor, side: _Side, part: Tensor, tokens: int) -> Tensor:

@@ -9,6 +9,10 @@ convolutions); the rest of its forward, up to the last op that saves anything, r
 Both are sums, so the choices worth making are a Pareto front, found exactly by adding one result after another and dropping what is
 dominated (a 0/1 knapsack; arXiv:1604.06174 and arXiv:2205.05198 are the two ends of it). Fronts of blocks add up in the same way.
 
+Times the micro-batches in flight, over the blocks of a rank, these are its saved activations; what lies outside of the blocks comes
+on top, with the logits and what the loss makes of them divided by `loss_chunks`. Blocks under `offload=activations` keep what is
+smaller than a transfer, and of two blocks at a time everything.
+
 The runtime (`parallel/recompute.py`) and the planner call the same functions, one with measured and one with captured costs.
 """
 
@@ -37,8 +41,9 @@ class Item:
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """One call of a block on one micro-batch: bytes that enter it, bytes that autograd saves without recompute, the seconds of its
-    forward up to the last op that saves anything, and the results that may be kept, in the order in which they are made.
+    """One call of a block on one micro-batch: bytes that enter it and have a gradient (masks and tables are every block's), bytes
+    that autograd saves without recompute, the seconds of its forward up to the last op that saves anything, and the results that
+    may be kept, in the order in which they are made.
     """
 
     entry: int
@@ -131,8 +136,11 @@ def unit_costs(unit: Unit, items: int, rates: Rates) -> BlockCosts:
         for place, op in priced
     )
     forward = sum(rates.seconds(op, items) for op in unit.forward[:last])
-    entry = sum(tensor.bytes.at(items) for tensor in unit.inputs if tensor.bytes.per_item)
-    return BlockCosts(entry, unit.activation_bytes.at(items), forward, offered)
+    entry = sum(tensor.bytes.at(items) for tensor in unit.inputs if tensor.needs_gradient)
+    # Inputs that are the same for every item (position tables) are every block's: none of them keeps them.
+    made = [s for s in unit.saved if s.role == "activation" or (s.role == "input" and s.bytes.per_item)]
+    saved = sum(s.bytes.at(items) for s in made if not s.output)
+    return BlockCosts(entry, saved, forward, offered)
 
 
 def saved_bytes(blueprint: Blueprint, recompute: str, items: int, rates: Rates, in_flight: int = 1) -> tuple[int, float]:
