@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from meshwright.blueprint.inspection import inspect
 from meshwright.blueprint.record import Blueprint
 from meshwright.cluster import Cluster
+from meshwright.cluster.cluster import LINK_EFFICIENCY
 from meshwright.errors import MeshwrightError
+from meshwright.plan.collectives import gather, group
 from meshwright.plan.plan import Plan
 from meshwright.plan.predict import Pricer
 from meshwright.plan.prediction import Prediction
 
 FOLDER = Path(os.environ.get("MESHWRIGHT_PUBLISHED", "/work/shared/published"))
 DEVICES = {"H100-SXM5": "H100-80GB", "B200-SXM": "B200", "GB200": "GB200", "H200-SXM": "H200", "H800-SXM": "H800"}
+PROBE_BYTES = 2**30
+"""Of the collectives that nanotron measured inside each job (sources.csv)."""
+EFA_US = 42
+"""A step over EFA: what all-gathers of 1 GiB on 32 to 512 ranks take beyond their bytes, per rank (nanotron's own measurements)."""
 FUSED = {"dgxc", "simumax-b200", "megatron-golden", "korthikanti-t5"}
 """Sources that ran Megatron or NeMo: single kernels for norms, activations, rotary and loss."""
 
@@ -69,17 +76,31 @@ def blueprint(row: Row) -> Blueprint:
 
 
 def cluster(row: Row) -> Cluster:
-    """The row's machine; with the bandwidth measured inside the job where the source has it."""
+    """The row's machine, with the network that the source states and what it measured inside the job."""
     name = DEVICES.get(row["gpu"]) or f"A100-{number(row, 'gpu_mem_gb', 80)}GB"
     each = number(row, "gpus_per_node", 8)
     gpus = number(row, "gpus")
-    text = f"{max(1, gpus // each)}x{min(each, gpus)}x{name}"
-    measured, inside = row.get("measured_allreduce_gb_s"), row.get("measured_intranode_allreduce_gb_s")
-    if measured and gpus > each:
-        text += f",inter={float(measured) / each:.4g}"
+    text = f"{max(1, gpus // each)}x{min(each, gpus)}x{name}" + network(row["inter_node_link"], each)
+    inside = row.get("measured_intranode_allreduce_gb_s")
     if inside and float(inside) < 300:
         text += f",intra={float(inside):.4g}"
-    return Cluster.parse(text)
+    found = Cluster.parse(text)
+    gathered = row.get("measured_allgather_gb_s")
+    if gathered and gpus > 1:
+        seconds = PROBE_BYTES * (gpus - 1) / gpus / float(gathered) / 1e9
+        if seconds > 1.5 * gather(group(found, gpus, 1), PROBE_BYTES):
+            # Within such jobs the time grows with the ranks of a group and not with the bytes: a cost of every collective.
+            return Cluster.parse(f"{text},peer_us={seconds / gpus * 1e6:.4g}")
+    return found
+
+
+def network(link: str, each: int) -> str:
+    """Overrides for a stated network, such as `8x HDR InfiniBand 200 Gbit/s per node` or `EFA 3200 Gbit/s per node`."""
+    stated = re.search(r"(?:(\d+)x )?.*?(\d+) Gbit/s per (node|GPU)", link)
+    if stated is None:
+        return ""
+    line = float(stated[2]) * float(stated[1] or 1) / (each if stated[3] == "node" else 1) / 8
+    return f",inter={line * LINK_EFFICIENCY:.4g}" + (f",inter_us={EFA_US}" if "EFA" in link else "")
 
 
 def plan(row: Row) -> Plan:

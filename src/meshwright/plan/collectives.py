@@ -28,6 +28,7 @@ class Group:
     step_s: float
     far_step_s: float
     base_s: float
+    reduce: float = 1.0
 
     @property
     def crosses(self) -> bool:
@@ -40,8 +41,9 @@ def group(cluster: Cluster, n: int, stride: int) -> Group:
     near = max(1, min(n, cluster.domain // stride)) if stride <= cluster.domain else 1
     inter = cluster.inter.bytes_per_s
     ring = cluster.intra.bytes_per_s if near >= n else min(near * inter, cluster.intra.bytes_per_s if near > 1 else math.inf)
-    base = constants()["collective"]["base_us"] * 1e-6 if cluster.device.kernels != "cpu" else 0.0
-    return Group(n, near, ring, cluster.intra.bytes_per_s, inter, cluster.intra.latency_s, cluster.inter.latency_s, base)
+    base = (constants()["collective"]["base_us"] * 1e-6 if cluster.device.kernels != "cpu" else 0.0) + n * cluster.peer_s
+    reduce = (cluster.intra if near >= n else cluster.inter).reduce
+    return Group(n, near, ring, cluster.intra.bytes_per_s, inter, cluster.intra.latency_s, cluster.inter.latency_s, base, reduce)
 
 
 def all_reduce(g: Group, size: float) -> float:
@@ -49,7 +51,7 @@ def all_reduce(g: Group, size: float) -> float:
     if g.n == 1 or size <= 0:
         return 0.0
     far = 2 * math.log2(max(2, g.n // g.near)) * g.far_step_s if g.crosses else 0.0
-    return float(g.base_s + 2 * (g.near - 1) * g.step_s + far + 2 * size * (g.n - 1) / g.n / g.ring)
+    return float(g.base_s + 2 * (g.near - 1) * g.step_s + far + 2 * size * (g.n - 1) / g.n / (g.ring * g.reduce))
 
 
 def gather(g: Group, size: float) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from meshwright.blueprint.record import Blueprint, Op, ParameterRecord, Saved, Unit
 from meshwright.plan.graph import Graph, Kernel, Size, build, is_view, saved_root
+from meshwright.plan.stages import cell_seconds
 
 FULL_WIDTH = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
@@ -131,6 +132,8 @@ class Profile:
     largest: int
     tensors: int
     head_units: tuple[int, ...]
+    cells: tuple[float, ...] = ()
+    """Seconds by which a pipeline is cut, one for each block call (see `stages.py`)."""
 
     @property
     def parameters(self) -> int:
@@ -183,6 +186,7 @@ def profile(blueprint: Blueprint, mode: str = "eager") -> Profile:
         largest=max((p.numel for unit, _ in blueprint.units() for p in unit.parameters if not p.buffer), default=0),
         tensors=sum(n * sum(not p.buffer for p in unit.parameters) for unit, n in blueprint.units()),
         head_units=tuple(sorted({r.units for unit, _ in blueprint.units() for r in unit.regions if r.attention})),
+        cells=cell_seconds(blueprint),
     )
 
 

@@ -73,6 +73,8 @@ class Rates:
     width: float
     attention: float
     """Of hand-fused stacks' attention over PyTorch's own."""
+    product: float
+    """Part of the peak that a large product gets."""
     accumulate: float
     """Bytes moved per parameter and micro-batch to add its gradient to the full-precision one."""
 
@@ -98,6 +100,7 @@ def rates(cluster: Cluster, precision: str, mode: str, captured: str) -> Rates:
         element=width[dtype] / width.get(captured, 4.0),
         width=width[dtype],
         attention=float(table["attention_fused"]) if mode == "fused" else 1.0,
+        product=float(table["rate"]) * (1.0 if mode == "fused" else float(launch["eager_product"])),
         accumulate=float(constants()["step"]["accumulate_fused_bytes" if mode == "fused" else "accumulate_bytes"]),
     )
 
@@ -168,7 +171,7 @@ def _product(product: Product, split: Split, rate: Rates) -> tuple[float, float]
     low = product.weight and rate.peak_low > rate.peak
     peak = rate.peak_low if low else rate.peak
     table = rate.table
-    efficiency = table["rate"] * (m / (m + table["m0"])) * (n / (n + table["n0"])) * (k / (k + table["k0"]))
+    efficiency = rate.product * (m / (m + table["m0"])) * (n / (n + table["n0"])) * (k / (k + table["k0"]))
     if flops > 1e12:
         efficiency *= table["sustained"]
     moved = batch * (m * k + k * n + m * n) * rate.width
