@@ -85,7 +85,10 @@ class Pricer:
         key = (id(constants()), str(cluster), cluster, precision, mode)
         if key not in kept:
             ready = suited(blueprint, cluster, precision)
-            kept[key] = Pricer(profile(ready, mode), cluster, precision)
+            profiles: dict[str, Profile] = ready.__dict__.setdefault("_profiles", {})
+            if mode not in profiles:
+                profiles[mode] = profile(ready, mode)
+            kept[key] = Pricer(profiles[mode], cluster, precision)
         found: Pricer = kept[key]
         return found
 

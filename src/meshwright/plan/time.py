@@ -7,7 +7,7 @@ What happens between units, stages and data ranks is left to `predict.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from meshwright.cluster import Cluster
@@ -112,7 +112,8 @@ def unit_time(unit: UnitProfile, split: Split, rate: Rates, tp: Group, cp: Group
     w, w_flops, w_launches = _phase(unit.weight, split, rate)
     weights = unit.weights.local(split.tp, split.ep)
     w += (weights[0] + weights[1]) * rate.accumulate / rate.memory
-    tp_f, tp_b, calls = _exchanges(unit, split, rate, tp)
+    tp_f, tp_b, calls = _exchanges(unit, split, rate, replace(tp, host_s=0.0) if tp.host_s else tp)
+    each = rate.collective + tp.host_s  # the host issues these while the device works
     cp_f, cp_b = _ring(unit, split, rate, cp, f)
     ep_f, ep_b = _dispatch(unit, split, rate, ep)
     again, again_tp, again_ep, flops = 0.0, 0.0, 0.0, f_flops + b_flops + w_flops
@@ -123,8 +124,9 @@ def unit_time(unit: UnitProfile, split: Split, rate: Rates, tp: Group, cp: Group
     elif split.recompute == "selective":
         again, extra, again_launches = _phase(unit.recomputed, split, rate)
         flops += extra
-    host_f = f_launches * rate.launch + calls * rate.collective
-    host_b = (b_launches + w_launches + again_launches) * rate.launch + (1.5 if split.sp else 1.0) * calls * rate.collective
+    again_gathered = split.sp and not any(kept.enters for kept in unit.kept)  # else its inputs are kept gathered
+    host_f = f_launches * rate.launch + calls * each
+    host_b = (b_launches + w_launches + again_launches) * rate.launch + (1.5 if again_gathered else 1.0) * calls * each
     f += max(0.0, host_f - f - tp_f - ep_f)
     waits = max(0.0, host_b - b - w - again - tp_b - again_tp - ep_b)
     return UnitTime(f, b + again + waits, w, tp_f, tp_b + again_tp, cp_f, cp_b, ep_f, ep_b + again_ep, flops)
