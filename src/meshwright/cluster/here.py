@@ -48,6 +48,8 @@ def _measured(cluster: Cluster, measured: dict[str, Any], cores: int) -> Cluster
         "n0": max(0.0, best / small["flops_per_s"] - 1) * small["n"] / 6,
         "k0": 0.0,
         "stream": measured["pointwise_bytes_per_s"] / measured["memory_bytes_per_s"],
+        "conv": measured.get("conv_flops_per_s", best) / best,
+        "plain": measured["memory_bytes_per_s"] * part,
         "attention": measured["attention_flops_per_s"] / best,
         "attention_s0": 0.0,
         "attention_head0": 0.0,

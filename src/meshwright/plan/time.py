@@ -65,6 +65,8 @@ class Rates:
     peak: float
     peak_low: float
     memory: float
+    plain: float
+    """Bytes per second of kernels that only move: on a GPU what all others get too."""
     table: dict[str, Any]
     launch: float
     collective: float
@@ -89,11 +91,14 @@ def rates(cluster: Cluster, precision: str, mode: str, captured: str) -> Rates:
     low = device.peak_flops("float8") * float(table["float8"]) if precision == "fp8" else device.peak_flops(dtype)
     measured = dict(device.rates)
     if "kernel_s" in measured:
-        table = table | {key: value for key, value in measured.items() if key in table}
+        table = table | measured
+    eager = float(launch["eager_stream"]) if mode == "eager" else 1.0
+    memory = device.memory_bytes_per_s * float(table["stream"]) * eager
     return Rates(
         peak=device.peak_flops(dtype) * device.power,
         peak_low=low * device.power,
-        memory=device.memory_bytes_per_s * float(table["stream"]) * (float(launch["eager_stream"]) if mode == "eager" else 1.0),
+        memory=memory,
+        plain=measured.get("plain", 0.0) * eager or memory,
         table=table,
         launch=measured.get("launch_s", launch[f"{mode}_us"] * 1e-6 if device.kernels != "cpu" else 0.0),
         collective=launch["collective_us"] * 1e-6 if device.kernels != "cpu" else 0.0,
@@ -144,13 +149,12 @@ def _phase(phase: Phase, split: Split, rate: Rates) -> tuple[float, float, int]:
         seconds += t
         flops += f
     kernel = float(rate.table["kernel_us"]) * 1e-6
-    moved = 0.0
-    for (units, routed), (fixed, per_item, kernels) in phase.streams.items():
+    for (units, routed, plain), (fixed, per_item, kernels) in phase.streams.items():
         share = degree(split.tp, units) if units else split.tp if split.sp else 1
         varying = per_item * split.items / split.cp / (split.tp if routed and split.sp and not units else share)
-        moved += fixed / (share if units else 1) / (split.ep if routed else 1) + varying
-        seconds += kernels * kernel
-    return seconds + moved * rate.element / rate.memory, flops, phase.launches
+        moved = fixed / (share if units else 1) / (split.ep if routed else 1) + varying
+        seconds += kernels * kernel + moved * rate.element / (rate.plain if plain else rate.memory)
+    return seconds, flops, phase.launches
 
 
 def _product(product: Product, split: Split, rate: Rates) -> tuple[float, float]:
@@ -174,6 +178,8 @@ def _product(product: Product, split: Split, rate: Rates) -> tuple[float, float]
     peak = rate.peak_low if low else rate.peak
     table = rate.table
     efficiency = rate.product * (m / (m + table["m0"])) * (n / (n + table["n0"])) * (k / (k + table["k0"]))
+    if product.conv:
+        efficiency *= table.get("conv", 1.0)
     if flops > 1e12:
         efficiency *= table["sustained"]
     moved = batch * (m * k + k * n + m * n) * rate.width
