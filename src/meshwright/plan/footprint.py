@@ -108,8 +108,10 @@ def states(plan: Plan, elements: Elements, width: int) -> States:
 
     optimizer = divided(1, master + moments)
     gathered = 0.0
-    if zero == 3:
-        compute = 2 if low else width
+    compute = 2 if low else width
+    if zero == 3 and plan.pp > 1:  # gathered once a step and kept through it
+        gathered = compute * elements.total + gradient * elements.total / 8
+    elif zero == 3:
         gathered = compute * (elements.outside + 2 * elements.largest_block) + width * max(elements.largest_block, elements.outside)
     elif zero == 2:
         gathered = gradient * max(elements.total / 16, elements.outside / 2 if elements.outside else 0.0) * 2

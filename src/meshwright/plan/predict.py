@@ -377,14 +377,14 @@ class Pricer:
         table = constants()["collective"]
         slow = float(table["interference"])
         gradients = most.dense + most.experts / (1 if plan.ep == 1 else plan.ep) * 1.0
-        if plan.dp_shard > 1 and plan.zero == 3:
+        if plan.dp_shard > 1 and plan.zero == 3 and plan.pp == 1:  # stages of a pipeline gather theirs once a step
             return self._fully_sharded(plan, stage, times, slow)
         width, live = float(self.width), 2.0 if plan.precision != "fp32" else float(self.width)
         if shards(plan) == 1:
             shard, replicate = self.group(1, inner), self.group(plan.dp_replicate * plan.cp, plan.tp)
         once = all_reduce(replicate, width * gradients / shard.n)
         scatter = gather(shard, width * gradients)
-        each = plan.microbatches if plan.zero == 2 and plan.dp_shard > 1 else 1
+        each = plan.microbatches if plan.zero >= 2 and plan.dp_shard > 1 else 1
         window = float(table["window"]) * backward
         sent = once + each * scatter
         hidden = min(sent, window * each)

@@ -301,7 +301,7 @@ def _head(unit: Unit, op: Op, index: int) -> int:
 
 
 def _conv(op: Op) -> Product:
-    """A convolution as the product with the same FLOPs and the same outputs, 64 channels wide; a weight's gradient sums over items."""
+    """A convolution as the product with its FLOPs and its outputs, 64 channels wide; a weight's gradient sums over items."""
     width = 64
     outputs = max(width, (op.written_bytes.per_item or op.written_bytes.fixed) // 4)
     inner = max(1, (op.flops.per_item or op.flops.fixed) // (2 * outputs))
