@@ -5,8 +5,8 @@
 Run `meshwright doctor --probe` first: without it the rates are the catalog's. Each group is a model on a number of ranks (one
 thread each) under several plans of one global batch, in one set of processes; `auto` is the plan of them that the planner takes
 for the fastest, and its regret what it measured over the fastest that was measured. Peak live bytes are what torch's allocator
-hands out during one step on top of parameters, buffers and optimizer states, the most of all ranks. Results of several calls are
-put together with `--report`.
+hands out during one step on top of parameters, buffers and optimizer states, the most of all ranks. `--report` puts results of
+several calls together and predicts them anew.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ def _measured(model: Model, text: str, rows: int) -> dict[str, Any]:
     plan = mw.Plan.parse(text, ranks)
     share = rows // (plan.dp_replicate * plan.dp_shard)
     batch = model.batch(share)
+    before = _held()
     engine = mw.parallelize(
         model.build(),
         plan,
@@ -143,14 +144,15 @@ def _measured(model: Model, text: str, rows: int) -> dict[str, Any]:
         if ranks > 1:
             dist.all_reduce(took, op=dist.ReduceOp.MAX)
         times.append(took.item())
-    peak = torch.tensor(_held(engine) + _allocated(lambda: engine.step(batch)), dtype=torch.float64)
+    peak = torch.tensor(_held() - before + _allocated(lambda: engine.step(batch)), dtype=torch.float64)
     if ranks > 1:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     return {"seconds": statistics.median(times), "steps": len(times), "bytes": peak.item()}
 
 
-def _held(engine: Any) -> int:
-    """Bytes of parameters, buffers and optimizer states between steps, each storage once."""
+def _held() -> int:
+    """Bytes of all tensors that Python can reach, each storage once."""
+    gc.collect()
     storages = {}
     for thing in gc.get_objects():
         if isinstance(thing, Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
@@ -186,20 +188,26 @@ def predicted(name: str, ranks: int, rows: int, plans: list[str]) -> dict[str, A
 
 
 def group(name: str) -> list[dict[str, Any]]:
-    """Measure and predict one group; prints a line for each case."""
+    """Measure one group on fresh ranks."""
     model, ranks, rows, plans = GROUPS[name]
-    expected = predicted(model, ranks, rows, plans)
-    lines = run_ranks(ranks, measure, model, plans, rows)
-    for line in lines:
-        guess = expected[line["plan"]]
-        line |= {"group": name, "ranks": ranks, "rows": rows}
-        if isinstance(guess, str):
-            line["not_predicted"] = guess
-        else:
-            line |= {"predicted_seconds": guess.step_seconds, "predicted_bytes": guess.memory_bytes["peak"]}
-            line["parts"] = guess.memory_bytes | guess.time_seconds
-        print(_text(line), flush=True)
-    return lines
+    return [line | {"group": name} for line in run_ranks(ranks, measure, model, plans, rows)]
+
+
+def expect(lines: list[dict[str, Any]]) -> None:
+    """Put the planner's prediction beside each measurement, and print both."""
+    for name in dict.fromkeys(line["group"] for line in lines):
+        model, ranks, rows, plans = GROUPS[name]
+        expected = predicted(model, ranks, rows, plans)
+        for line in lines:
+            if line["group"] != name:
+                continue
+            guess = expected[line["plan"]]
+            if isinstance(guess, str):
+                line["not_predicted"] = guess
+            else:
+                line |= {"predicted_seconds": guess.step_seconds, "predicted_bytes": guess.memory_bytes["peak"]}
+                line["parts"] = {"bytes": guess.memory_bytes, "seconds": guess.time_seconds}
+            print(_text(line), flush=True)
 
 
 def _text(line: dict[str, Any]) -> str:
@@ -242,12 +250,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--group", action="append", choices=list(GROUPS))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--report", type=Path, nargs="*", help="put the results of earlier calls together")
+    parser.add_argument("--report", type=Path, nargs="+", help="put the results of earlier calls together")
     arguments = parser.parse_args()
     if arguments.report:
         lines = [line for path in arguments.report for line in json.loads(path.read_text())["cases"]]
     else:
         lines = [line for name in arguments.group or GROUPS for line in group(name)]
+    expect(lines)
     content = record("cpu") | {"probe": probe.load(), "summary": report(lines), "cases": lines}
     if arguments.json:
         write_json(arguments.json, content)

@@ -35,7 +35,8 @@ class Link:
 class Device:
     """One device: dense peak FLOP/s by dtype, memory, and the family of its kernels' efficiency constants.
 
-    `power` is the part of the sustained rate that a power limit leaves. `rates` are what a probe measured, by name (see
+    `power` is the part of the sustained rate that a power limit leaves; `host_memory_bytes` is its share of its host's memory, what
+    offload may use (a host of eight usually has 1 to 2 TB). `rates` are what a probe measured, by name (see
     `probe.py`); empty for a device from the catalog.
     """
 
@@ -47,6 +48,7 @@ class Device:
     power: float = 1.0
     price: float = 0.0
     host_bytes_per_s: float = 0.0
+    host_memory_bytes: float = 128e9
     rates: tuple[tuple[str, float], ...] = ()
 
     def peak_flops(self, dtype: str) -> float:
@@ -178,6 +180,7 @@ def _build(entry: dict[str, Any], nodes: int, count: int, given: dict[str, float
         power=float(entry.get("power", 1.0)),
         price=given.get("price", float(entry.get("price", 0.0))),
         host_bytes_per_s=float(entry.get("host_gb_s", 25)) * 1e9,
+        host_memory_bytes=float(entry.get("host_memory_gb", 128)) * 1e9,
     )
     domain = int(entry.get("domain", 0))
     wide = domain if domain > count and nodes > 1 else count

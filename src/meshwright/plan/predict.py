@@ -245,7 +245,8 @@ class Pricer:
                 working = max(working, max(sizes[n + 1].forward, sizes[n + 1].backward))
             kept = flight * saved + ends
             if "activations" in plan.offload:
-                kept = min(kept, 2 * saved / max(1, sum(stage.kinds)) + ends)
+                least = 2 * saved / max(1, sum(stage.kinds)) + ends
+                kept = max(min(kept, least), kept - self.cluster.device.host_memory_bytes)  # what the host can't hold stays
             found.append((kept, working))
         return found
 
