@@ -115,16 +115,20 @@ def build_ranks(plan: Plan, device: torch.device | None = None) -> Ranks:
     # Neighbouring ranks share a node, and the more an axis talks the further in it is: tp, then cp, dp_shard, dp_replicate, pp.
     ids = torch.arange(world_size).view(plan.pp, plan.dp_replicate, plan.dp_shard, plan.cp, plan.tp)
     pp_rank, replicate, shard, cp_rank, tp_rank = ((ids == rank).nonzero()[0]).tolist()
-    # What a context-parallel rank computes on is whole: it shards with dp_shard, or is one more replica.
-    shards = plan.dp_shard * plan.cp if plan.dp_shard > 1 else 1
-    sizes = {"pp": plan.pp, "dp_replicate": world_size // (plan.pp * shards * plan.tp), "dp_shard": shards, "tp": plan.tp}
+    # What a context-parallel rank computes on is whole, so it shards with dp_shard, or is one more replica (`Plan.shards`).
+    replicas = world_size // (plan.pp * plan.shards * plan.tp)
+    sizes = {"pp": plan.pp, "dp_replicate": replicas, "dp_shard": plan.shards, "tp": plan.tp}
     # A process group costs threads and connections: an axis of one rank gets none.
     names = tuple(name for name, size in sizes.items() if size > 1)
     mesh = DeviceMesh(device.type, ids.reshape([sizes[name] for name in names]), mesh_dim_names=names)
     groups = {axis: mesh.get_group(axis) for axis in names}
     if plan.cp > 1:
         alone = plan.dp_replicate == plan.dp_shard == 1
-        groups["cp"] = groups["dp_replicate"] if alone else _subgroup(ids.permute(0, 1, 2, 4, 3).reshape(-1, plan.cp))
+        groups["cp"] = (
+            groups["dp_shard" if plan.shards > 1 else "dp_replicate"]
+            if alone
+            else _subgroup(ids.permute(0, 1, 2, 4, 3).reshape(-1, plan.cp))
+        )
     data_axes = [name for name in ("dp_replicate", "dp_shard") if name in groups]
     if len(data_axes) == 1:
         groups["data"] = groups[data_axes[0]]

@@ -17,7 +17,7 @@ from meshwright.errors import ModelError, PlanError
 from meshwright.plan import pipeline
 from meshwright.plan.collectives import all_reduce, gather, group, send
 from meshwright.plan.constants import constants
-from meshwright.plan.footprint import Elements, States, outside_allocator, shards, states, unit_bytes
+from meshwright.plan.footprint import Elements, States, outside_allocator, states, unit_bytes
 from meshwright.plan.plan import Plan
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.profile import Profile, profile
@@ -381,7 +381,7 @@ class Pricer:
         if plan.dp_shard > 1 and plan.zero == 3 and plan.pp == 1:  # stages of a pipeline gather theirs once a step
             return self._fully_sharded(plan, stage, times, slow)
         width, live = float(self.width), 2.0 if plan.precision != "fp32" else float(self.width)
-        if shards(plan) == 1:
+        if plan.shards == 1:
             shard, replicate = self.group(1, inner), self.group(plan.dp_replicate * plan.cp, plan.tp)
         once = all_reduce(replicate, width * gradients / shard.n)
         scatter = gather(shard, width * gradients)
@@ -414,7 +414,7 @@ class Pricer:
 
     def _optimizer(self, plan: Plan, most: Elements) -> float:
         table = constants()["step"]
-        shard = shards(plan)
+        shard = plan.shards
         held = most.total / shard if plan.ep == 1 else most.dense / shard + most.experts / max(1, shard // plan.ep)
         seconds = table["fixed_ms"] * 1e-3 if self.cluster.device.kernels != "cpu" else 0.0
         if "optimizer" not in plan.offload:
@@ -427,7 +427,7 @@ class Pricer:
             return 0.0
         table, device = constants()["step"], self.cluster.device
         link = device.host_bytes_per_s or 25e9
-        held = most.total / shards(plan)
+        held = most.total / plan.shards
         seconds = 0.0
         for part in plan.offload.split(","):
             what, _, where = part.partition(":")
