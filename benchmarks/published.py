@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from meshwright.blueprint.inspection import inspect
 from meshwright.blueprint.record import Blueprint
 from meshwright.cluster import Cluster
+from meshwright.cluster.cluster import LINK_EFFICIENCY
 from meshwright.errors import MeshwrightError
+from meshwright.plan.collectives import gather, group
 from meshwright.plan.plan import Plan
 from meshwright.plan.predict import Pricer
 from meshwright.plan.prediction import Prediction
 
 FOLDER = Path(os.environ.get("MESHWRIGHT_PUBLISHED", "/work/shared/published"))
 DEVICES = {"H100-SXM5": "H100-80GB", "B200-SXM": "B200", "GB200": "GB200", "H200-SXM": "H200", "H800-SXM": "H800"}
+PROBE_BYTES = 2**30
+"""Of the collectives that nanotron measured inside each job (sources.csv)."""
+EFA_US, EFA_EFFICIENCY = 42, 0.45
+"""A step over EFA, what all-gathers of 1 GiB on 32 to 512 ranks take beyond their bytes, per rank; the part of the line rate that
+all-reduces of 1 GiB got on 4 to 64 nodes (176 to 190 of 400 GB/s). Source: nanotron's measurements inside its jobs.
+"""
 FUSED = {"dgxc", "simumax-b200", "megatron-golden", "korthikanti-t5"}
 """Sources that ran Megatron or NeMo: single kernels for norms, activations, rotary and loss."""
 
@@ -69,17 +79,57 @@ def blueprint(row: Row) -> Blueprint:
 
 
 def cluster(row: Row) -> Cluster:
-    """The row's machine; with the bandwidth measured inside the job where the source has it."""
+    """The row's machine, with the network that the source states and what it measured inside the job."""
     name = DEVICES.get(row["gpu"]) or f"A100-{number(row, 'gpu_mem_gb', 80)}GB"
     each = number(row, "gpus_per_node", 8)
     gpus = number(row, "gpus")
-    text = f"{max(1, gpus // each)}x{min(each, gpus)}x{name}"
-    measured, inside = row.get("measured_allreduce_gb_s"), row.get("measured_intranode_allreduce_gb_s")
-    if measured and gpus > each:
-        text += f",inter={float(measured) / each:.4g}"
+    text = f"{max(1, gpus // each)}x{min(each, gpus)}x{name}" + network(row.get("inter_node_link", ""), each)
+    inside = row.get("measured_intranode_allreduce_gb_s")
     if inside and float(inside) < 300:
         text += f",intra={float(inside):.4g}"
-    return Cluster.parse(text)
+    found = Cluster.parse(text)
+    gathered = row.get("measured_allgather_gb_s")
+    if gathered and gpus > 1:
+        seconds = PROBE_BYTES * (gpus - 1) / gpus / float(gathered) / 1e9
+        if seconds > 1.5 * gather(group(found, gpus, 1), PROBE_BYTES):
+            # Within such jobs the time grows with the ranks of a group and not with the bytes: a cost of every collective.
+            return Cluster.parse(f"{text},peer_us={seconds / gpus * 1e6:.4g}")
+    return found
+
+
+def network(link: str, each: int) -> str:
+    """Overrides for a stated network, such as `8x HDR InfiniBand 200 Gbit/s per node` or `EFA 3200 Gbit/s per node`."""
+    stated = re.search(r"(?:(\d+)x )?.*?(\d+) Gbit/s per (node|GPU)", link)
+    if stated is None:
+        return ""
+    line = float(stated[2]) * float(stated[1] or 1) / (each if stated[3] == "node" else 1) / 8
+    if "EFA" in link:
+        return f",inter={line * EFA_EFFICIENCY:.4g},inter_us={EFA_US}"
+    return f",inter={line * LINK_EFFICIENCY:.4g}"
+
+
+def split(row: Row) -> str:
+    """Where the source's software cuts the pipeline, as `split=`.
+
+    nanotron (models/base.py, get_block_compute_costs): blocks in order, a new stage once the sum of costs exceeds its share; the
+    head is one of the blocks. Megatron and NeMo: equal numbers of layers, where that is possible.
+    """
+    layers, stages = number(row, "layers"), number(row, "pp") * number(row, "interleave")
+    if number(row, "pp") == 1 or layers < stages:
+        return "balanced"
+    if row["source_id"] in FUSED:
+        return ",".join([str(layers // stages)] * stages) if layers % stages == 0 else "balanced"
+    hidden = number(row, "hidden")
+    layer = 4 * hidden * hidden + 3 * number(row, "ffn_hidden", 4 * hidden) * hidden
+    whole = layers * layer + number(row, "vocab", 50304) * hidden
+    counts, stage = [0] * stages, 0
+    for done in range(1, layers + 1):
+        counts[stage] += 1
+        stage += done * layer > whole * (stage + 1) / stages
+    while 0 in counts:  # the last ones have the head alone: the nearest that can be said
+        place = max(range(stages), key=lambda index: (counts[index], index))
+        counts[place], counts[counts.index(0)] = counts[place] - 1, 1
+    return ",".join(map(str, counts))
 
 
 def plan(row: Row) -> Plan:
@@ -101,6 +151,7 @@ def plan(row: Row) -> Plan:
         schedule="interleaved" if interleave > 1 and pp > 1 else "1f1b",
         virtual=interleave if interleave > 1 and pp > 1 else 1,
         microbatches=micro,
+        split=split(row),
         recompute=row["recompute"] if row["recompute"] in ("full", "selective") else "none",
         precision=precision,
         compile=row.get("compiled") == "1",
@@ -112,14 +163,45 @@ def predicted(row: Row) -> Prediction:
     chosen = plan(row)
     pricer = Pricer.of(blueprint(row), cluster(row), chosen.precision, chosen.compile)
     batch = chosen.dp_replicate * chosen.dp_shard * chosen.microbatches * number(row, "micro_batch")
-    if row["recompute"]:
-        return pricer.price(chosen, batch)
     tried: Any = None
-    for recompute in ("none", "selective", "full"):
-        tried = pricer.price(Plan(**(chosen.to_json() | {"recompute": recompute})), batch)
+    for recompute in [row["recompute"]] if row["recompute"] else ("none", "selective", "full"):
+        fields = chosen.to_json() | {"recompute": recompute if recompute in ("full", "selective") else "none"}
+        found = pricer.price(Plan(**fields), batch)
+        parts, more = found.memory_bytes, gradient_bytes(row) * found.memory_bytes["gradients"] / 4
+        if more > 0:  # they live after the backward, when no activation does
+            more = max(0.0, parts["parameters"] + parts["gradients"] + parts["optimizer"] + more - parts["peak"])
+        tried = restated(found, more)
         if tried.fits:
             break
     return tried
+
+
+def gradient_bytes(row: Row) -> float:
+    """Bytes per parameter that the source's software keeps for gradients beyond the four that are counted.
+
+    Both from the bytes that the logs show between steps. NeMo's recipes keep them in 16 bits (grad_reduce_in_fp32=False): 44.27 and
+    34.47 GB are 2 + 2 + 12/dp bytes to 1 %. nanotron keeps 16-bit ones beside the fp32 accumulators: 20 in all without ZeRO,
+    and with zero=1 10 + 16/dp, so also the buffers of its reduce-scatter.
+    """
+    if row["source_id"] == "dgxc":
+        return -2.0
+    if row["source_id"] != "nanotron-playbook":
+        return 0.0
+    return 4.0 + 4.0 / number(row, "dp") if row["zero_stage"] == "1" and number(row, "dp") > 1 else 2.0
+
+
+def restated(found: Prediction, more: float) -> Prediction:
+    """The prediction with `more` bytes of gradients."""
+    parts = found.memory_bytes
+    parts = parts | {"gradients": parts["gradients"] + more, "peak": parts["peak"] + more}
+    device = found.device_bytes + more
+    return dataclasses.replace(
+        found,
+        memory_bytes=parts,
+        fits=device <= found.capacity_bytes,
+        reserved_bytes=found.reserved_bytes + more,
+        device_bytes=device,
+    )
 
 
 def attempt(row: Row) -> Prediction | str:

@@ -1,5 +1,6 @@
 """Predictions hold to published formulas, to themselves, and say in one sentence what they refuse."""
 
+import dataclasses
 import math
 from functools import cache
 
@@ -151,3 +152,46 @@ def test_a_blueprint_for_another_device_is_captured_again() -> None:
     plan, cluster = "dp_shard=8 zero=3 precision=bf16", mw.Cluster.parse("8xH100-80GB")
     again = mw.predict(elsewhere, cluster, plan, global_batch=64)
     assert again.memory_bytes == priced(plan).memory_bytes
+
+
+SIZES = {
+    "gpt:layers=12,hidden=768,heads=12,vocab=50304,kernels=fused": ("8xA100-40GB", "ddp microbatches=8", 512),
+    "llama3-8b": ("8xH100-80GB", "fsdp recompute=full", 64),
+    "gpt3-175b": ("48x8xA100-80GB", "dp_replicate=6 tp=8 sp=on pp=8 microbatches=64 recompute=selective", 384 * 4),
+    "gpt-1t": ("64x8xA100-80GB", "tp=8 sp=on pp=64 microbatches=512 recompute=selective", 512),
+}
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_utilisation_of_sensible_plans_is_neither_absurd_nor_helped_by_slower_links(model: str) -> None:
+    where, plan, batch = SIZES[model]
+    blueprint = mw.inspect(model, seq=2048, dtype=torch.bfloat16, device="cuda")
+    steps = []
+    for overrides in ("", ",intra=50", ",intra=50,inter=2", ",intra=50,inter=2,inter_us=100", ",intra=50,inter=2,peer_us=300"):
+        found = mw.predict(blueprint, mw.Cluster.parse(where + overrides), f"{plan} precision=bf16", batch)
+        steps.append(found.step_seconds)
+        assert 0 < found.mfu < 0.75
+        if not overrides:
+            assert found.mfu > 0.15
+    assert steps[:3] == sorted(steps[:3])
+    assert min(steps[3:]) >= steps[2]
+
+
+def test_a_fixed_split_is_priced_as_it_says() -> None:
+    even = priced("pp=2 tp=4 microbatches=4 split=2,2 precision=bf16")
+    skewed = priced("pp=2 tp=4 microbatches=4 split=3,1 precision=bf16")
+    assert skewed.memory_bytes["parameters"] > even.memory_bytes["parameters"]
+    found = mw.search(llama(), mw.Cluster.parse("8xH100-80GB"), 64, fixed={"pp": 2, "split": "3,1", "virtual": 1})
+    assert "split=3,1" in str(found.best)
+
+
+def test_what_the_host_cannot_hold_stays_on_the_device() -> None:
+    cluster = mw.Cluster.parse("8xH100-80GB")
+    small = dataclasses.replace(cluster, device=dataclasses.replace(cluster.device, host_memory_bytes=1e9))
+    plan = "dp_shard=8 zero=3 precision=bf16"
+    away = f"{plan} offload=activations:cpu"
+    held = [
+        mw.predict(llama(), each, text, 1024).memory_bytes["activations"]
+        for each, text in ((cluster, plan), (cluster, away), (small, away))
+    ]
+    assert held[1] < held[2] == pytest.approx(held[0] - 1e9)

@@ -96,5 +96,7 @@ def _fixed(items: list[str]) -> dict[str, Any]:
         name, equals, _ = item.partition("=")
         if not equals:
             raise ConfigError(f"--fix {item!r} is not FIELD=VALUE")
-        given[name] = getattr(Plan.parse(item), name)
+        value = getattr(Plan.parse(item), name)
+        if given.setdefault(name, value) != value:
+            raise ConfigError(f"--fix {item} contradicts --fix {name}={given[name]}: a field is held at one value")
     return given

@@ -20,18 +20,23 @@ from meshwright.errors import ConfigError
 
 @dataclass(frozen=True)
 class Link:
-    """A link: `bytes_per_s` per device and direction that a large collective gets, `latency_s` of one step over it."""
+    """A link: `bytes_per_s` per device and direction that a large all-gather gets, `latency_s` of one step over it.
+
+    An all-reduce's bus bandwidth is `reduce` times that: more where the switches add (NVLink SHARP).
+    """
 
     bytes_per_s: float
     latency_s: float
     name: str = ""
+    reduce: float = 1.0
 
 
 @dataclass(frozen=True)
 class Device:
     """One device: dense peak FLOP/s by dtype, memory, and the family of its kernels' efficiency constants.
 
-    `power` is the part of the sustained rate that a power limit leaves. `rates` are what a probe measured, by name (see
+    `power` is the part of the sustained rate that a power limit leaves; `host_memory_bytes` is its share of its host's memory, what
+    offload may use (a host of eight usually has 1 to 2 TB). `rates` are what a probe measured, by name (see
     `probe.py`); empty for a device from the catalog.
     """
 
@@ -43,6 +48,7 @@ class Device:
     power: float = 1.0
     price: float = 0.0
     host_bytes_per_s: float = 0.0
+    host_memory_bytes: float = 128e9
     rates: tuple[tuple[str, float], ...] = ()
 
     def peak_flops(self, dtype: str) -> float:
@@ -59,7 +65,8 @@ class Cluster:
     """`nodes` hosts of `per_node` equal devices. Prints as its text and round-trips through JSON.
 
     `domain` devices are joined by the `intra` link (a host's, or more with NVLink switches between hosts); beyond, every device
-    has its share `inter` of its host's network cards.
+    has its share `inter` of its host's network cards. `peer_s` is host time that every collective takes for each rank of its group:
+    0, but for jobs in which collectives are checked (`TORCH_DISTRIBUTED_DEBUG=DETAIL`) or that a probe found so.
     """
 
     device: Device
@@ -69,6 +76,7 @@ class Cluster:
     inter: Link
     domain: int = 0
     text: str = ""
+    peer_s: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for a cluster without devices or with a link that carries nothing."""
@@ -90,7 +98,8 @@ class Cluster:
         """Read `[NODESx]GPUSxNAME[,intra=GB/s][,inter=GB/s][,memory=GB][,price=DOLLARS]`, `here`, or a TOML file's path.
 
         `intra` and `inter` are what a large collective gets per device and direction; without them it is the catalog's line rate
-        times its usual efficiency. Raises `ConfigError` in one sentence.
+        times its usual efficiency. `intra_us` and `inter_us` are microseconds of one step over a link, `peer_us` those of
+        `peer_s`. Raises `ConfigError` in one sentence.
         """
         if text == "here":
             return Cluster.here()
@@ -142,6 +151,15 @@ class Cluster:
         return f"{self.text or self.device.name}: {self.devices:,} x {device}, {links}"
 
 
+_OVERRIDES = {
+    "intra": "GB/s",
+    "inter": "GB/s",
+    "memory": "GB",
+    "price": "DOLLARS",
+    "intra_us": "LATENCY",
+    "inter_us": "LATENCY",
+    "peer_us": "LATENCY",
+}
 LINK_EFFICIENCY = 0.85
 """Part of a link's line rate that a large collective gets (shared/field: nccl-tests on NDR, DGX H100 all-gather over NVLink)."""
 
@@ -151,7 +169,8 @@ def _build(entry: dict[str, Any], nodes: int, count: int, given: dict[str, float
     for name in ("intra", "inter"):
         link = entry[name]
         rate = given[name] if name in given else float(link["gb_s"]) * float(link.get("efficiency", LINK_EFFICIENCY))
-        links[name] = Link(rate * 1e9, float(link["latency_us"]) * 1e-6, str(link.get("name", "")))
+        latency = given.get(f"{name}_us", float(link["latency_us"]))
+        links[name] = Link(rate * 1e9, latency * 1e-6, str(link.get("name", "")), float(link.get("reduce", 1.0)))
     device = Device(
         name=str(entry["name"]),
         peak=tuple((dtype, float(value) * 1e12) for dtype, value in entry["peak_tflops"].items()),
@@ -161,18 +180,20 @@ def _build(entry: dict[str, Any], nodes: int, count: int, given: dict[str, float
         power=float(entry.get("power", 1.0)),
         price=given.get("price", float(entry.get("price", 0.0))),
         host_bytes_per_s=float(entry.get("host_gb_s", 25)) * 1e9,
+        host_memory_bytes=float(entry.get("host_memory_gb", 128)) * 1e9,
     )
     domain = int(entry.get("domain", 0))
     wide = domain if domain > count and nodes > 1 else count
-    return Cluster(device, nodes, count, links["intra"], links["inter"], domain=wide, text=text)
+    return Cluster(device, nodes, count, links["intra"], links["inter"], wide, text, given.get("peer_us", 0.0) * 1e-6)
 
 
 def _overrides(items: list[str], text: str) -> dict[str, float]:
     given: dict[str, float] = {}
     for item in items:
         key, _, value = item.strip().partition("=")
-        if key not in ("intra", "inter", "memory", "price"):
-            raise ConfigError(f"cluster {text!r}: {key!r} is none of intra=GB/s, inter=GB/s, memory=GB, price=DOLLARS")
+        if key not in _OVERRIDES:
+            known = ", ".join(f"{name}={unit}" for name, unit in _OVERRIDES.items())
+            raise ConfigError(f"cluster {text!r}: {key!r} is none of {known}")
         try:
             given[key] = float(value)
         except ValueError:

@@ -36,9 +36,11 @@ def _memory() -> int:
 
 
 def _measured(cluster: Cluster, measured: dict[str, Any], cores: int) -> Cluster:
-    """The cluster with what a probe found. More ranks than cores take turns: each gets its part of a core."""
-    part = min(1.0, cores / cluster.per_node)
+    """The cluster with what a probe found. Ranks share cores and their threads: each gets the part of a core that was measured."""
     best = max(product["flops_per_s"] for product in measured["products"])
+    sizes = {int(size): rate for size, rate in measured.get("collectives", {}).items()}
+    together = sizes.get(cluster.per_node, {}).get("flops_per_s", best * cores / cluster.per_node)
+    part = min(1.0, together / best)
     small = min(measured["products"], key=lambda product: product["m"] * product["n"] * product["k"])
     rates = {
         "kernel_s": measured["kernel_s"],
@@ -48,6 +50,8 @@ def _measured(cluster: Cluster, measured: dict[str, Any], cores: int) -> Cluster
         "n0": max(0.0, best / small["flops_per_s"] - 1) * small["n"] / 6,
         "k0": 0.0,
         "stream": measured["pointwise_bytes_per_s"] / measured["memory_bytes_per_s"],
+        "conv": measured.get("conv_flops_per_s", best) / best,
+        "plain": measured["memory_bytes_per_s"] * part,
         "attention": measured["attention_flops_per_s"] / best,
         "attention_s0": 0.0,
         "attention_head0": 0.0,
@@ -58,7 +62,6 @@ def _measured(cluster: Cluster, measured: dict[str, Any], cores: int) -> Cluster
         memory_bytes_per_s=measured["memory_bytes_per_s"] * part,
         rates=tuple(rates.items()),
     )
-    sizes = {int(size): rate for size, rate in measured.get("collectives", {}).items()}
     near = min(sizes, key=lambda size: abs(size - cluster.per_node), default=None)
     if near is None:
         return dataclasses.replace(cluster, device=device)

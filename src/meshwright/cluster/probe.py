@@ -93,6 +93,8 @@ def _kernels(device: str) -> dict[str, Any]:
     small, large = torch.randn(16, device=device), torch.randn(1 << 22, device=device)
     out = torch.empty_like(large)
     query = torch.randn(1, 4, 256, 64, device=device)
+    image, weight = torch.randn(8, 64, 32, 32, device=device), torch.randn(64, 64, 3, 3, device=device)
+    convolve = timed(lambda: torch.nn.functional.conv2d(image, weight, padding=1))
     attend = timed(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True))
     gelu = timed(lambda: torch.nn.functional.gelu(large))
     return {
@@ -100,6 +102,7 @@ def _kernels(device: str) -> dict[str, Any]:
         "kernel_s": timed(lambda: small + small),
         "memory_bytes_per_s": 3 * large.numel() * 4 / timed(lambda: torch.add(large, large, out=out)),
         "pointwise_bytes_per_s": 2 * large.numel() * 4 / gelu,
+        "conv_flops_per_s": 2 * image.numel() * 64 * 9 / convolve,
         "attention_flops_per_s": 4 * 4 * 256 * 256 * 64 / 2 / attend,
     }
 

@@ -90,7 +90,7 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     partition, pipeline = _divide(module, table, plan, ranks, reading, compute_dtype)
     root: fsdp.Root | None = None
     sharded: list[Parameter] = []
-    if plan.dp_shard > 1 and plan.zero == 3 and pipeline is None:
+    if plan.shards > 1 and plan.zero == 3 and pipeline is None:
         if partition is not None:
             partition.as_dtensors(fsdp.shardable(table), ranks)
             rebind(module, table)
@@ -108,9 +108,9 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
         fsdp.bind(root, sharded)
     left = [entry for entry in table if entry.here and entry.shape.numel() and not any(entry is taken for taken in sharded)]
     buckets = None
-    sleeps = pipeline is not None and plan.dp_shard > 1 and plan.zero == 3
+    sleeps = pipeline is not None and plan.shards > 1 and plan.zero == 3
     if ranks.group("data") is not None or compute_dtype is not None:
-        stage = 0 if plan.dp_shard == 1 else min(plan.zero, 2)
+        stage = 0 if plan.shards == 1 else min(plan.zero, 2)
         buckets = Buckets(left, ranks, stage, compute_dtype, sleeps) if any(entry.trainable for entry in left) else None
     if pipeline is not None:
         pipeline.buckets = buckets

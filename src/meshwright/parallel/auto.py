@@ -1,6 +1,7 @@
 """`plan="auto"`: the best plan for this machine among those that `executable` lets pass.
 
-What this version runs is asked of `apply.refuse_unavailable`, so the choice grows with it. Every rank gets rank 0's choice.
+What this version runs is asked of `apply.refuse_unavailable`, so the choice grows with it, and whether a model can be cut over tp,
+cp or pp of the passes that would cut it. Every rank gets rank 0's choice.
 """
 
 from __future__ import annotations
@@ -14,27 +15,30 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from meshwright.blueprint.execute import build_on_meta
 from meshwright.blueprint.inspection import inspect
 from meshwright.blueprint.record import Blueprint
 from meshwright.blueprint.sample import batch_items
 from meshwright.cluster import Cluster
 from meshwright.errors import MeshwrightError, PlanError
 from meshwright.parallel.apply import refuse_unavailable
+from meshwright.parallel.parameters import collect
+from meshwright.parallel.partitioned import Partition
+from meshwright.parallel.preview import preview
+from meshwright.partition.stages import cut
 from meshwright.plan.plan import Plan
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.search import search
+from meshwright.plan.stages import place
 
 _LONGEST_TEXT = 512
+_TRIED = 8  # candidates that are asked whether the model can be cut so
+
+Function = Callable[[nn.Module], Callable[[Any], Any]]
 
 
 def executable(plan: Plan) -> bool:
-    """Whether this version runs the plan on any model that it can be predicted for.
-
-    Plans that cut inside a model depend on more than a prediction sees (which optimizer, what Python looks at), so they are left
-    to be asked for.
-    """
-    if plan.tp > 1 or plan.cp > 1 or plan.pp > 1:
-        return False
+    """Whether this version runs the plan on some model."""
     try:
         refuse_unavailable(plan)
     except PlanError:
@@ -42,15 +46,39 @@ def executable(plan: Plan) -> bool:
     return True
 
 
+def divides(model: nn.Module | Callable[[], nn.Module], batch: Any, function: Function) -> Callable[[Plan], bool]:
+    """Return what tells whether the model can be cut as a plan asks, without ranks; `function(module)` computes a batch's loss."""
+    module = model if isinstance(model, nn.Module) else build_on_meta(model)
+
+    def works(plan: Plan) -> bool:
+        try:
+            if plan.tp > 1 or plan.cp > 1:
+                preview(module, plan, function(module), batch)
+            if plan.pp > 1:
+                partition = Partition(module, collect(module), plan, None)
+                partition.choose(function(module), batch)
+                trace = partition.traced(function(module), batch)
+                names = [call.name for call in trace.calls]
+                cut(partition.passed(trace, "loss"), place(plan, names, [1.0] * len(names), [0.0] * len(names)))
+        except MeshwrightError:
+            return False
+        return True
+
+    return works
+
+
 def is_auto(plan: Plan | str) -> bool:
     """Whether the plan is left to the planner: the name `auto`, with or without fields beside it."""
     return isinstance(plan, str) and "auto" in plan.split()
 
 
-def choose(blueprint: Blueprint, text: str, ranks: int, global_batch: int) -> tuple[Plan, Prediction | None]:
+def choose(
+    blueprint: Blueprint, text: str, ranks: int, global_batch: int, works: Callable[[Plan], bool] | None = None
+) -> tuple[Plan, Prediction | None]:
     """The plan for `ranks` ranks of this machine, and its prediction; fields beside `auto` are held.
 
-    A model that can't be captured, or for which nothing fits, is sharded over all ranks.
+    Plans that cut inside the model (tp, cp, pp) are taken only if `works` says that it can be cut so. A model that can't be
+    captured, or for which nothing fits, is sharded over all ranks.
     """
     beside = " ".join(word for word in text.split() if word != "auto")
     asked = Plan.parse(beside)
@@ -60,25 +88,35 @@ def choose(blueprint: Blueprint, text: str, ranks: int, global_batch: int) -> tu
         return fallback, None
     fixed = {name: getattr(asked, name) for name in names if name not in ("precision", "compile")}
     fixed.setdefault("offload", "none")
-    try:
-        found = search(
-            blueprint,
-            Cluster.here(ranks),
-            global_batch,
-            asked.precision,
-            top=1,
-            compiled=asked.compile,
-            fixed=fixed,
-            accepts=executable,
-        )
-    except MeshwrightError as error:
-        logging.getLogger("meshwright").info("auto falls back to sharding over all ranks: %s", error)
-        return fallback, None
-    return found.best, found.candidates[0]
+    whole = {"tp": 1, "cp": 1, "pp": 1}
+    for held in (fixed, whole | fixed) if works else (whole | fixed,):
+        try:
+            found = search(
+                blueprint,
+                Cluster.here(ranks),
+                global_batch,
+                asked.precision,
+                top=_TRIED,
+                compiled=asked.compile,
+                fixed=held,
+                accepts=executable,
+            )
+        except MeshwrightError as error:
+            logging.getLogger("meshwright").info("auto finds nothing with %s: %s", held, error)
+            continue
+        for candidate in found.candidates:
+            plan = Plan.parse(candidate.plan)
+            if plan.tp == plan.cp == plan.pp == 1 or works is None or works(plan):
+                return plan, candidate
+    return fallback, None
 
 
 def choose_here(
-    model: nn.Module | Callable[[], nn.Module], text: str, batch: Any, loss_fn: Callable[[Any, Any], Any] | None
+    model: nn.Module | Callable[[], nn.Module],
+    text: str,
+    batch: Any,
+    loss_fn: Callable[[Any, Any], Any] | None,
+    function: Function,
 ) -> Plan:
     """The plan for the ranks that are here, chosen by rank 0 for `batch` on each; every rank must call it."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -86,7 +124,8 @@ def choose_here(
     if batch is not None and (not dist.is_initialized() or dist.get_rank() == 0):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         blueprint = inspect(model, batch, loss_fn=loss_fn, device=device, strict=False)
-        chosen = str(choose(blueprint, text, ranks, batch_items(batch) * ranks)[0])
+        works = divides(model, batch, function)
+        chosen = str(choose(blueprint, text, ranks, batch_items(batch) * ranks, works)[0])
     if ranks > 1:
         letters = torch.zeros(_LONGEST_TEXT, dtype=torch.uint8, device="cuda" if dist.get_backend() == "nccl" else "cpu")
         letters[: len(chosen)] = torch.tensor(list(chosen.encode()), dtype=torch.uint8)

@@ -38,11 +38,28 @@ def ring(repeat: int = 5) -> dict[str, float]:
     return {"latency_s": times[0] / (2 * (n - 1)), "bytes_per_s": 2 * LARGE * (n - 1) / n / max(1e-9, times[1] - times[0])}
 
 
+def busy(seconds: float = 0.5) -> float:
+    """FLOP/s of each rank's matrix products while all ranks compute: on shared or hyper-threaded cores less than alone."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(512, 512, device=device)
+    a @ a
+    dist.barrier()
+    began, times = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        a @ a
+        times += 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    rate = torch.tensor(2 * 512**3 * times / (time.perf_counter() - began), device=device)
+    dist.all_reduce(rate)  # 4 bytes over all ranks
+    return rate.item() / dist.get_world_size()
+
+
 def main() -> None:
     """Measure as the rank that the environment describes, and leave."""
     torch.set_num_threads(1)
     connect()
-    found = ring()
+    found = ring() | {"flops_per_s": busy()}
     if dist.get_rank() == 0:
         line = json.dumps(found | {"ranks": dist.get_world_size(), "backend": dist.get_backend()})
         with open(os.environ["MESHWRIGHT_MEASURED"], "w") as file:

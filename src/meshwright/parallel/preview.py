@@ -117,7 +117,7 @@ def _stages(partition: Partition, plan: Plan, function: Callable[[Any], Any], ba
     names = [call.name for call in traced.calls]
     entries = {name: entry for entry in partition.table for name in entry.names}
     found = []
-    for piece, (first, last) in zip(cut_stages(partition.passed(traced), ends), pairwise([0, *ends]), strict=True):
+    for piece, (first, last) in zip(cut_stages(partition.passed(traced, "loss"), ends), pairwise([0, *ends]), strict=True):
         held = {id(entries[name]): entries[name] for name in piece.parameters()}
         size = sum(_part_bytes(entry, partition) for entry in held.values())
         values = piece.trace.values

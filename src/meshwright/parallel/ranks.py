@@ -24,7 +24,8 @@ class Ranks:
     """This process among its peers, under one resolved plan.
 
     `mesh` has the axes (`pp`, `dp_replicate`, `dp_shard`, `tp`) and is None for one rank without a process group; as far as
-    parameters and gradients go, ranks of `cp` are replicas, and `dp_replicate` here counts them too. `data_rank` of `data_ranks`
+    parameters and gradients go, ranks of `cp` are data ranks: `dp_shard` here counts them too where the plan shards, else
+    `dp_replicate` does. `data_rank` of `data_ranks`
     is the share of every global batch that belongs to this process; all ranks of `tp`, `cp` and `pp` have the same share, and
     `speaks` for it is one of `tp` and `cp`. Groups: the axes, `cp`, and `data` (every rank with the same part of the parameters);
     `homes` has those of some ranks of this pipeline.
@@ -114,15 +115,20 @@ def build_ranks(plan: Plan, device: torch.device | None = None) -> Ranks:
     # Neighbouring ranks share a node, and the more an axis talks the further in it is: tp, then cp, dp_shard, dp_replicate, pp.
     ids = torch.arange(world_size).view(plan.pp, plan.dp_replicate, plan.dp_shard, plan.cp, plan.tp)
     pp_rank, replicate, shard, cp_rank, tp_rank = ((ids == rank).nonzero()[0]).tolist()
-    sizes = {"pp": plan.pp, "dp_replicate": plan.dp_replicate * plan.cp, "dp_shard": plan.dp_shard, "tp": plan.tp}
+    # What a context-parallel rank computes on is whole, so it shards with dp_shard, or is one more replica (`Plan.shards`).
+    replicas = world_size // (plan.pp * plan.shards * plan.tp)
+    sizes = {"pp": plan.pp, "dp_replicate": replicas, "dp_shard": plan.shards, "tp": plan.tp}
     # A process group costs threads and connections: an axis of one rank gets none.
     names = tuple(name for name, size in sizes.items() if size > 1)
-    states = ids.permute(0, 1, 3, 2, 4).reshape([sizes[name] for name in names])
-    mesh = DeviceMesh(device.type, states, mesh_dim_names=names)
+    mesh = DeviceMesh(device.type, ids.reshape([sizes[name] for name in names]), mesh_dim_names=names)
     groups = {axis: mesh.get_group(axis) for axis in names}
     if plan.cp > 1:
-        alone = plan.dp_replicate == 1
-        groups["cp"] = groups["dp_replicate"] if alone else _subgroup(ids.permute(0, 1, 2, 4, 3).reshape(-1, plan.cp))
+        alone = plan.dp_replicate == plan.dp_shard == 1
+        groups["cp"] = (
+            groups["dp_shard" if plan.shards > 1 else "dp_replicate"]
+            if alone
+            else _subgroup(ids.permute(0, 1, 2, 4, 3).reshape(-1, plan.cp))
+        )
     data_axes = [name for name in ("dp_replicate", "dp_shard") if name in groups]
     if len(data_axes) == 1:
         groups["data"] = groups[data_axes[0]]

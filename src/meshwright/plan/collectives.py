@@ -28,6 +28,9 @@ class Group:
     step_s: float
     far_step_s: float
     base_s: float
+    reduce: float = 1.0
+    host_s: float = 0.0
+    """What the host waits in each collective (see `Cluster.peer_s`)."""
 
     @property
     def crosses(self) -> bool:
@@ -41,7 +44,9 @@ def group(cluster: Cluster, n: int, stride: int) -> Group:
     inter = cluster.inter.bytes_per_s
     ring = cluster.intra.bytes_per_s if near >= n else min(near * inter, cluster.intra.bytes_per_s if near > 1 else math.inf)
     base = constants()["collective"]["base_us"] * 1e-6 if cluster.device.kernels != "cpu" else 0.0
-    return Group(n, near, ring, cluster.intra.bytes_per_s, inter, cluster.intra.latency_s, cluster.inter.latency_s, base)
+    reduce = (cluster.intra if near >= n else cluster.inter).reduce
+    steps = cluster.intra.latency_s, cluster.inter.latency_s
+    return Group(n, near, ring, cluster.intra.bytes_per_s, inter, *steps, base, reduce, n * cluster.peer_s)
 
 
 def all_reduce(g: Group, size: float) -> float:
@@ -49,7 +54,7 @@ def all_reduce(g: Group, size: float) -> float:
     if g.n == 1 or size <= 0:
         return 0.0
     far = 2 * math.log2(max(2, g.n // g.near)) * g.far_step_s if g.crosses else 0.0
-    return float(g.base_s + 2 * (g.near - 1) * g.step_s + far + 2 * size * (g.n - 1) / g.n / g.ring)
+    return float(g.base_s + g.host_s + 2 * (g.near - 1) * g.step_s + far + 2 * size * (g.n - 1) / g.n / (g.ring * g.reduce))
 
 
 def gather(g: Group, size: float) -> float:
@@ -58,7 +63,7 @@ def gather(g: Group, size: float) -> float:
         return 0.0
     # In every step of a ring all ranks send at once, so each takes as long as its slowest hop.
     steps = (g.n - 1) * (g.far_step_s if g.crosses else g.step_s)
-    return g.base_s + steps + size * (g.n - 1) / g.n / g.ring
+    return g.base_s + g.host_s + steps + size * (g.n - 1) / g.n / g.ring
 
 
 def all_to_all(g: Group, size: float) -> float:
@@ -68,7 +73,7 @@ def all_to_all(g: Group, size: float) -> float:
     far = size * (g.n - g.near) / g.n / g.inter
     near = size * (g.near - 1) / g.n / g.intra
     latency = (g.near - 1) * g.step_s + (g.n // g.near - 1) * g.far_step_s
-    return g.base_s + latency + max(far, near)
+    return g.base_s + g.host_s + latency + max(far, near)
 
 
 def send(cluster: Cluster, stride: int, size: float) -> float:

@@ -85,16 +85,10 @@ class States:
     """Parameters gathered, and gradients whole, for a moment (zero=2 and zero=3)."""
 
 
-def shards(plan: Plan) -> int:
-    """Ranks that divide model states: `dp_shard`, and `cp` with it, whose ranks would hold the same states."""
-    asked = plan.dp_shard > 1 or (plan.zero < 3 and plan.dp_replicate == 1)
-    return plan.dp_shard * plan.cp if asked else 1
-
-
 def states(plan: Plan, elements: Elements, width: int) -> States:
     """Model states of `elements` parameters of `width` bytes in the model as given (`memory.py` has the table)."""
     low = plan.precision != "fp32"
-    shard = shards(plan)
+    shard = plan.shards
     experts_shard = max(1, shard * plan.dp_replicate * plan.tp // plan.ep) if shard > 1 and plan.ep > 1 else shard
     zero = plan.zero if shard > 1 else 0
     live = 2 if low and zero < 3 else width
@@ -108,8 +102,10 @@ def states(plan: Plan, elements: Elements, width: int) -> States:
 
     optimizer = divided(1, master + moments)
     gathered = 0.0
-    if zero == 3:
-        compute = 2 if low else width
+    compute = 2 if low else width
+    if zero == 3 and plan.pp > 1:  # gathered once a step and kept through it
+        gathered = compute * elements.total + gradient * elements.total / 8
+    elif zero == 3:
         gathered = compute * (elements.outside + 2 * elements.largest_block) + width * max(elements.largest_block, elements.outside)
     elif zero == 2:
         gathered = gradient * max(elements.total / 16, elements.outside / 2 if elements.outside else 0.0) * 2

@@ -54,7 +54,7 @@ def state_bytes(plan: Plan, trainable: int, frozen: int = 0, bytes_each: int = 4
     master nor optimizer state. A master copy counts as optimizer state.
     """
     low = plan.precision in ("bf16", "fp16")
-    shard = plan.dp_shard
+    shard = plan.shards
     sharded = [1, 1, 1] if shard == 1 else [shard if plan.zero >= stage else 1 for stage in (3, 2, 1)]
     live = 2 if low and sharded[0] == 1 else bytes_each  # zero=3 keeps only the full-precision shard
     master = bytes_each if live < bytes_each else 0

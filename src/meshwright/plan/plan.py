@@ -136,6 +136,15 @@ class Plan:
         """Return every field as plain JSON values; `Plan(**plan.to_json()) == plan`."""
         return dataclasses.asdict(self)
 
+    @property
+    def shards(self) -> int:
+        """Ranks that divide model states, of a resolved plan: those of `dp_shard`, and with them of `cp`, which would hold the same.
+
+        Without `dp_shard`, ranks of `cp` do where `zero` is 1 or 2 and there are no replicas; else they are replicas themselves.
+        """
+        asked = self.dp_shard > 1 or (self.zero < 3 and self.dp_replicate == 1)
+        return self.dp_shard * self.cp if asked else 1
+
     def degree_product(self) -> int:
         """Return the number of ranks on all axes together, 0 while a degree is `AUTO` (`ep` reuses data-parallel ranks)."""
         return math.prod(getattr(self, name) for name in _DEGREES if name != "ep")

@@ -17,10 +17,11 @@ from meshwright.errors import ModelError, PlanError
 from meshwright.plan import pipeline
 from meshwright.plan.collectives import all_reduce, gather, group, send
 from meshwright.plan.constants import constants
-from meshwright.plan.footprint import Elements, States, outside_allocator, shards, states, unit_bytes
+from meshwright.plan.footprint import Elements, States, outside_allocator, states, unit_bytes
 from meshwright.plan.plan import Plan
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.profile import Profile, profile
+from meshwright.plan.stages import balance, place
 from meshwright.plan.suited import run_mode, suited
 from meshwright.plan.time import Rates, Split, UnitTime, rates, unit_time
 
@@ -69,9 +70,9 @@ class Pricer:
         self.rate: Rates = rates(cluster, precision, shape.mode, shape.dtype)
         self.width = 4  # bytes of a parameter as a user's model holds it
         self._times: dict[Any, Any] = {}
-        self._stages: dict[tuple[int, str, int], list[Stage]] = {}
+        self._stages: dict[tuple[int, str, int, str], list[Stage]] = {}
         self._groups: dict[tuple[int, int], Any] = {}
-        self._heads: dict[tuple[int, str, int], list[int]] = {}
+        self._heads: dict[tuple[int, str, int, str], list[int]] = {}
         self._elements: dict[tuple[int, int, int], Elements] = {}
 
     @staticmethod
@@ -84,7 +85,10 @@ class Pricer:
         key = (id(constants()), str(cluster), cluster, precision, mode)
         if key not in kept:
             ready = suited(blueprint, cluster, precision)
-            kept[key] = Pricer(profile(ready, mode), cluster, precision)
+            profiles: dict[str, Profile] = ready.__dict__.setdefault("_profiles", {})
+            if mode not in profiles:
+                profiles[mode] = profile(ready, mode)
+            kept[key] = Pricer(profiles[mode], cluster, precision)
         found: Pricer = kept[key]
         return found
 
@@ -108,24 +112,33 @@ class Pricer:
         found: tuple[list[UnitTime], list[Any]] = self._times[split]
         return found
 
-    def stages(self, pp: int, schedule: str, virtual: int) -> list[Stage]:
-        """What each rank of the pipeline holds: blocks in equal numbers, what is over in the middle, away from both ends."""
-        key = (pp, schedule, virtual)
+    def stages(self, plan: Plan) -> list[Stage]:
+        """What each rank of the pipeline holds: blocks cut as the executor cuts them, or as `split=` says."""
+        key = (plan.pp, plan.schedule, plan.virtual, plan.split)
         if key not in self._stages:
-            held = pipeline.chunks(schedule, virtual) if pp > 1 else 1
-            total, calls = pp * held, self.shape.calls
-            spans = _spans(len(calls), total)
+            held = pipeline.chunks(plan.schedule, plan.virtual) if plan.pp > 1 else 1
+            total, calls = plan.pp * held, self.shape.calls
+            ends = self._ends(plan, total)
             found = []
-            for rank in range(pp):
-                mine = [pipeline.owner(schedule, pp, chunk, rank) for chunk in range(held)]
+            for rank in range(plan.pp):
+                mine = [pipeline.owner(plan.schedule, plan.pp, chunk, rank) for chunk in range(held)]
                 counts = [0] * len(self.shape.kinds)
                 for index in mine:
-                    for kind in calls[spans[index] : spans[index + 1]]:
+                    for kind in calls[ends[index - 1] if index else 0 : ends[index]]:
                         counts[kind] += 1
                 found.append(Stage(tuple(counts), 0 in mine, total - 1 in mine))
             same = {stage: stage for stage in found}  # one object for equal stages: they are looked up by identity
             self._stages[key] = [same[stage] for stage in found]
         return self._stages[key]
+
+    def _ends(self, plan: Plan, total: int) -> list[int]:
+        """Where each of `total` stages ends; what has more stages than blocks (Megatron's standalone embeddings) is cut evenly."""
+        calls = len(self.shape.calls)
+        if total == 1:
+            return [calls]
+        if plan.split != "balanced":
+            return place(plan, [str(number) for number in range(calls)], self.shape.cells, [])
+        return balance(self.shape.cells, total) if total <= calls else [min(calls, index + 1) for index in range(total)]
 
     def items(self, plan: Plan, global_batch: int) -> int:
         """Items of one micro-batch on a rank. Raises `PlanError` if the batch can't be divided so."""
@@ -195,17 +208,17 @@ class Pricer:
 
     def memory_by_rank(self, plan: Plan, items: int) -> list[dict[str, float]]:
         """Live bytes by purpose on each rank of the pipeline."""
-        stages = self.stages(plan.pp, plan.schedule, plan.virtual)
+        stages = self.stages(plan)
         held = {stage: states(plan, self.elements(plan, stage), self.width) for stage in dict.fromkeys(stages)}
         moments = self.activations(plan, self.split(plan, items), range(plan.pp))
         return [self._moments(plan, held[stage], *moment) for stage, moment in zip(stages, moments, strict=True)]
 
-    def heads(self, pp: int, schedule: str, virtual: int) -> list[int]:
+    def heads(self, plan: Plan) -> list[int]:
         """Of ranks that hold the same, the first: it keeps most micro-batches, so the heaviest rank is one of these."""
-        key = (pp, schedule, virtual)
+        key = (plan.pp, plan.schedule, plan.virtual, plan.split)
         if key not in self._heads:
             first: dict[Stage, int] = {}
-            for rank, stage in enumerate(self.stages(pp, schedule, virtual)):
+            for rank, stage in enumerate(self.stages(plan)):
                 first.setdefault(stage, rank)
             self._heads[key] = sorted(first.values())
         return self._heads[key]
@@ -214,7 +227,7 @@ class Pricer:
         """Bytes kept for backward on each of `ranks` with all its micro-batches in flight, and alive beside them for a moment."""
         sizes = self.units(split)[1]
         n = len(self.shape.kinds)
-        stages = self.stages(plan.pp, plan.schedule, plan.virtual)
+        stages = self.stages(plan)
         found = []
         for rank in ranks:
             stage = stages[rank]
@@ -232,7 +245,8 @@ class Pricer:
                 working = max(working, max(sizes[n + 1].forward, sizes[n + 1].backward))
             kept = flight * saved + ends
             if "activations" in plan.offload:
-                kept = min(kept, 2 * saved / max(1, sum(stage.kinds)) + ends)
+                least = 2 * saved / max(1, sum(stage.kinds)) + ends
+                kept = max(min(kept, least), kept - self.cluster.device.host_memory_bytes)  # what the host can't hold stays
             found.append((kept, working))
         return found
 
@@ -270,7 +284,7 @@ class Pricer:
         """Seconds of one micro-batch on each rank of the pipeline (forward, backward, weights), and of one send."""
         times = self.units(split)[0]
         n = len(self.shape.kinds)
-        stages = self.stages(plan.pp, plan.schedule, plan.virtual)
+        stages = self.stages(plan)
         spared = self._not_recomputed(plan, split.items, stages)
         sent = self._sent(plan, split.items)
         seen: dict[Any, tuple[float, float, float]] = {}
@@ -285,7 +299,7 @@ class Pricer:
     def base(self, plan: Plan, split: Split) -> Base:
         """What the schedule takes: the same for every way to use the data axes and to offload."""
         times = self.units(split)[0]
-        stages = self.stages(plan.pp, plan.schedule, plan.virtual)
+        stages = self.stages(plan)
         forward, backward, weight, sent = self._ranks(plan, split)
         micro = plan.microbatches
         span = pipeline.step(plan.schedule, plan.virtual, micro, forward, backward, weight)
@@ -364,14 +378,14 @@ class Pricer:
         table = constants()["collective"]
         slow = float(table["interference"])
         gradients = most.dense + most.experts / (1 if plan.ep == 1 else plan.ep) * 1.0
-        if plan.dp_shard > 1 and plan.zero == 3:
+        if plan.dp_shard > 1 and plan.zero == 3 and plan.pp == 1:  # stages of a pipeline gather theirs once a step
             return self._fully_sharded(plan, stage, times, slow)
         width, live = float(self.width), 2.0 if plan.precision != "fp32" else float(self.width)
-        if shards(plan) == 1:
+        if plan.shards == 1:
             shard, replicate = self.group(1, inner), self.group(plan.dp_replicate * plan.cp, plan.tp)
         once = all_reduce(replicate, width * gradients / shard.n)
         scatter = gather(shard, width * gradients)
-        each = plan.microbatches if plan.zero == 2 and plan.dp_shard > 1 else 1
+        each = plan.microbatches if plan.zero >= 2 and plan.dp_shard > 1 else 1
         window = float(table["window"]) * backward
         sent = once + each * scatter
         hidden = min(sent, window * each)
@@ -400,7 +414,7 @@ class Pricer:
 
     def _optimizer(self, plan: Plan, most: Elements) -> float:
         table = constants()["step"]
-        shard = shards(plan)
+        shard = plan.shards
         held = most.total / shard if plan.ep == 1 else most.dense / shard + most.experts / max(1, shard // plan.ep)
         seconds = table["fixed_ms"] * 1e-3 if self.cluster.device.kernels != "cpu" else 0.0
         if "optimizer" not in plan.offload:
@@ -413,7 +427,7 @@ class Pricer:
             return 0.0
         table, device = constants()["step"], self.cluster.device
         link = device.host_bytes_per_s or 25e9
-        held = most.total / shards(plan)
+        held = most.total / plan.shards
         seconds = 0.0
         for part in plan.offload.split(","):
             what, _, where = part.partition(":")
@@ -498,19 +512,6 @@ def budget_bytes(text: str) -> float:
     amount = text.removeprefix("budget=").removesuffix("B")
     scale = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(amount[-1:], 1.0)
     return float(amount.rstrip("KMGT")) * scale
-
-
-def _spans(layers: int, stages: int) -> list[int]:
-    """Where each of `stages` starts: equal parts, what is left over to those in the middle."""
-    each, over = divmod(layers, stages)
-    sizes = [each] * stages
-    middle = sorted(range(stages), key=lambda index: abs(index - (stages - 1) / 2))
-    for index in middle[:over]:
-        sizes[index] += 1
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    return starts
 
 
 def _bound(seconds: dict[str, float], step: float) -> str:

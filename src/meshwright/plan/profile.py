@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 
 from meshwright.blueprint.record import Blueprint, Op, ParameterRecord, Saved, Unit
 from meshwright.plan.graph import Graph, Kernel, Size, build, is_view, saved_root
+from meshwright.plan.stages import cell_seconds
 
+PLAIN = {"add", "sub", "mul", "neg", "relu", "threshold_backward", "copy", "fill", "zero", "zeros_like", "ones_like", "clone"}
+"""ATen ops of at most one instruction an element."""
 FULL_WIDTH = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
@@ -24,6 +27,7 @@ class Product:
     units: int
     experts: bool
     weight: bool
+    conv: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +45,14 @@ class Attend:
 
 @dataclass(slots=True)
 class Phase:
-    """Work of one pass: products and attentions one by one, memory-bound kernels as bytes by (units, experts), and launches."""
+    """Work of one pass: products and attentions one by one, other kernels as bytes by (units, experts, plain), and launches.
+
+    A plain kernel does next to nothing with an element, so that even a CPU waits for its memory.
+    """
 
     products: list[tuple[Product, int]] = field(default_factory=list)
     attentions: list[Attend] = field(default_factory=list)
-    streams: dict[tuple[int, bool], list[int]] = field(default_factory=dict)  # [fixed bytes, bytes per item, kernels]
+    streams: dict[tuple[int, bool, bool], list[int]] = field(default_factory=dict)  # [fixed bytes, bytes per item, kernels]
     launches: int = 0
 
 
@@ -131,6 +138,8 @@ class Profile:
     largest: int
     tensors: int
     head_units: tuple[int, ...]
+    cells: tuple[float, ...] = ()
+    """Seconds by which a pipeline is cut, one for each block call (see `stages.py`)."""
 
     @property
     def parameters(self) -> int:
@@ -154,8 +163,8 @@ def degree(tp: int, units: int) -> int:
 
 def profile(blueprint: Blueprint, mode: str = "eager") -> Profile:
     """Boil a captured blueprint down; `mode` is `eager`, `fused` or `compiled` (see `graph.py`)."""
-    kinds = tuple(_unit(unit, mode, blueprint.sequence, None, len(blueprint.calls)) for unit in blueprint.kinds)
-    before, after = (_unit(blueprint.rest, mode, blueprint.sequence, side, len(blueprint.calls)) for side in (False, True))
+    kinds = tuple(_unit(unit, mode, blueprint, None) for unit in blueprint.kinds)
+    before, after = (_unit(blueprint.rest, mode, blueprint, side) for side in (False, True))
     calls = tuple(call.kind for call in blueprint.calls)
     items = (1, 2)
     forward = [blueprint.forward_flops(n) + blueprint.backward_flops(n) for n in items]
@@ -183,13 +192,14 @@ def profile(blueprint: Blueprint, mode: str = "eager") -> Profile:
         largest=max((p.numel for unit, _ in blueprint.units() for p in unit.parameters if not p.buffer), default=0),
         tensors=sum(n * sum(not p.buffer for p in unit.parameters) for unit, n in blueprint.units()),
         head_units=tuple(sorted({r.units for unit, _ in blueprint.units() for r in unit.regions if r.attention})),
+        cells=cell_seconds(blueprint),
     )
 
 
-def _unit(unit: Unit, mode: str, sequence: int, after: bool | None, n_calls: int) -> UnitProfile:
+def _unit(unit: Unit, mode: str, blueprint: Blueprint, after: bool | None) -> UnitProfile:
     """One unit; `after` picks the side of the blocks for what runs outside them (None: a block)."""
     graph = build(unit, mode)
-    here = _here(unit, after, n_calls)
+    here, sequence = _here(unit, after, len(blueprint.calls)), blueprint.sequence
     expert_ops = _expert_ops(unit, graph)
     forward, backward, weight, recomputed = Phase(), Phase(), Phase(), Phase()
     core = _core(unit)
@@ -210,7 +220,7 @@ def _unit(unit: Unit, mode: str, sequence: int, after: bool | None, n_calls: int
         for region in unit.regions
         if any(here(unit.forward[op]) for op in region.ops[:1]) and not region.experts
     )
-    moved = _working(graph, here)
+    moved = _working(graph, here, blueprint.device == "cpu")
     return UnitProfile(
         forward=forward,
         backward=backward,
@@ -276,7 +286,8 @@ def _add(phase: Phase, kernel: Kernel, graph: Graph, unit: Unit, experts: set[in
         if op.kind == "conv":
             phase.products.append((_conv(op), 1))
             return
-        entry = phase.streams.setdefault((units, routed), [0, 0, 0])
+        plain = all(graph.ops[i].name.split(".")[1].removesuffix("_") in PLAIN for i in kernel.ops)
+        entry = phase.streams.setdefault((units, routed, plain), [0, 0, 0])
         entry[0] += max(0, kernel.moved[0])
         entry[1] += max(0, kernel.moved[1])
         entry[2] += kernel.launches
@@ -290,12 +301,20 @@ def _head(unit: Unit, op: Op, index: int) -> int:
 
 
 def _conv(op: Op) -> Product:
-    """A convolution as the product with the same FLOPs whose smaller operands are its weights' and its rows its outputs."""
-    rows = max(1, op.written_bytes.per_item // 4 or op.written_bytes.fixed // 4)
+    """A convolution as the product with its FLOPs and its outputs, 64 channels wide; a weight's gradient sums over items."""
     width = 64
-    k = max(1, (op.flops.per_item or op.flops.fixed) // (2 * rows * width))
-    varies = bool(op.flops.per_item)
-    return Product(((1, 0), (0, rows) if varies else (rows, 0), (width, 0), (k, 0)), -1, 0, False, True)
+    outputs = max(width, (op.written_bytes.per_item or op.written_bytes.fixed) // 4)
+    inner = max(1, (op.flops.per_item or op.flops.fixed) // (2 * outputs))
+    rows = outputs // width
+    sums = bool(op.flops.per_item) and not op.written_bytes.per_item
+    return Product(
+        ((1, 0), (0, rows) if op.written_bytes.per_item else (rows, 0), (width, 0), (0, inner) if sums else (inner, 0)),
+        cut=-1,
+        units=0,
+        experts=False,
+        weight=True,
+        conv=True,
+    )
 
 
 def _units(op: Op, graph: Graph, unit: Unit) -> int:
@@ -515,8 +534,11 @@ def _belongs(unit: Unit, p: ParameterRecord, here, after: bool | None) -> bool: 
     return any(here(op) for op in readers) if readers else not after
 
 
-def _working(graph: Graph, here):  # type: ignore[no-untyped-def]
-    """Values alive at the worst moment of each pass as (size, units) pairs: the kernels' results in flight."""
+def _working(graph: Graph, here, blocked: bool):  # type: ignore[no-untyped-def]
+    """Values alive at the worst moment of each pass as (size, units) pairs: the kernels' results in flight.
+
+    `blocked`: convolutions copy what they read into a blocked layout first, as oneDNN's do on CPUs.
+    """
     last: dict[int, int] = {}
     for place, kernel in enumerate(graph.kernels):
         for index in kernel.ops:
@@ -536,9 +558,10 @@ def _working(graph: Graph, here):  # type: ignore[no-untyped-def]
                     size = graph.size.get(root, (0, 0))[1]
                     if root not in graph.inside and size and last.get(root, -1) > place - 1:
                         alive[root] = size
-            total = sum(alive.values())
+            copied = {-1: op.read_bytes.per_item} if blocked and op.kind == "conv" else {}
+            total = sum(alive.values()) + sum(copied.values())
             if total > best:
-                best, worst = total, dict(alive)
+                best, worst = total, alive | copied
             for root in [r for r in alive if last.get(r, -1) <= place]:
                 del alive[root]
         sized: dict[int, int] = {}

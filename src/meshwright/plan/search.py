@@ -278,8 +278,8 @@ class _Best:
 
     def _elements(self, family: Family, some: Plan) -> list[Elements]:
         """Parameters on each rank that may be the heaviest."""
-        stages = self.pricer.stages(family.pp, some.schedule, some.virtual)
-        return [self.pricer.elements(some, stages[rank]) for rank in self.pricer.heads(family.pp, some.schedule, some.virtual)]
+        stages = self.pricer.stages(some)
+        return [self.pricer.elements(some, stages[rank]) for rank in self.pricer.heads(some)]
 
     def _least_states(self, family: Family, some: Plan) -> list[tuple[float, float]]:
         """On each rank that may be the heaviest, the least bytes of states that any member has: with gradients, and without.
@@ -317,7 +317,7 @@ class _Best:
     def _too_large(self, family: Family, some: Plan, split: Split, least: Sequence[tuple[float, float]]) -> bool:
         """Whether no member fits: the least of every kind of state, with activations offloaded where that is allowed."""
         lean = self.space.plan(family, {"schedule": some.schedule, "virtual": some.virtual, "offload": "activations:cpu"})
-        heads = self.pricer.heads(family.pp, some.schedule, some.virtual)
+        heads = self.pricer.heads(some)
         whole = self.pricer.whole_gradients(some)
         moments = self.pricer.activations(lean, split, heads)
         return any(
@@ -326,7 +326,7 @@ class _Best:
         )
 
     def _price(self, family: Family, some: Plan, split: Split, base: Base, order: int) -> None:
-        heads = self.pricer.heads(family.pp, some.schedule, some.virtual)
+        heads = self.pricer.heads(some)
         schedule = {"schedule": some.schedule, "virtual": some.virtual}
         plans = [self.space.plan(family, schedule | tail) for tail in self._tails(family)]
         moments: dict[bool, list[tuple[float, float]]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from meshwright.plan import pipeline
@@ -52,6 +53,11 @@ class Space:
     compiled: bool = False
     fixed: tuple[tuple[str, Any], ...] = ()
     accepts: Callable[[Plan], bool] | None = None
+
+    @cached_property
+    def _base(self) -> dict[str, Any]:
+        """Every field of a plan before a family and a member set theirs."""
+        return _DEFAULTS | dict(self.fixed) | {"precision": self.precision, "compile": self.compiled}
 
     def families(self) -> Iterator[Family]:
         """Every family that is legal for the model, the devices and the batch."""
@@ -104,12 +110,15 @@ class Space:
             if micro % pp == 0:
                 spread = [v for v in divisors(max(1, layers // pp)) if v > 1 and layers % (pp * v) == 0]
                 ways += [{"schedule": "interleaved", "virtual": v} for v in spread]
+        split = str(self._base["split"])
+        if split != "balanced":
+            ways = [way for way in ways if pp * int(str(way["virtual"])) == split.count(",") + 1]
         return [way for way in ways if self._agrees(way) and self._runs({"pp": pp} | way)]
 
     def plan(self, family: Family, member: dict[str, Any]) -> Plan:
         """The plan of one member, without a second check of its fields."""
         made: Plan = object.__new__(Plan)
-        made.__dict__.update(_DEFAULTS)
+        made.__dict__.update(self._base)
         made.__dict__.update(
             tp=family.tp,
             sp=family.sp,
@@ -118,8 +127,6 @@ class Space:
             pp=family.pp,
             microbatches=family.micro,
             recompute=family.recompute,
-            precision=self.precision,
-            compile=self.compiled,
             **member,
         )
         return made

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -140,15 +141,7 @@ def balance(
     upto = [0.0, *accumulate(seconds)]
     allowed = fits or (lambda *_: True)
     crossing = sent or [0.0] * cells
-    worst: list[list[float]] = [[math.inf] * (cells + 1) for _ in range(stages + 1)]
-    worst[0][0] = 0
-    for stage in range(stages):
-        for last in range(stage + 1, cells - (stages - stage - 1) + 1):
-            for first in range(stage, last):
-                slowest = max(worst[stage][first], upto[last] - upto[first])
-                if slowest < worst[stage + 1][last] and allowed(stage, first, last):
-                    worst[stage + 1][last] = slowest
-    bound = worst[stages][cells] * _TIE
+    bound = (_least_slowest(upto, stages) if fits is None else _least_allowed(upto, stages, allowed)) * _TIE
     if math.isinf(bound):
         return []
     least: list[dict[int, tuple[float, float, int]]] = [{} for _ in range(stages + 1)]  # cell -> (sent, squares, previous end)
@@ -166,6 +159,43 @@ def balance(
     for stage in range(stages, 1, -1):
         ends.append(least[stage][ends[-1]][2])
     return ends[::-1]
+
+
+def _least_slowest(upto: Sequence[float], stages: int) -> float:
+    """The least possible slowest stage, from running sums: raised to the next sum that lets a greedy cut do with `stages`."""
+    cells = len(upto) - 1
+    bound = max(upto[-1] / stages, *(upto[i + 1] - upto[i] for i in range(cells)))
+    while True:
+        first, more = 0, math.inf
+        for _ in range(stages):
+            last = max(first, bisect_right(upto, upto[first] + bound * _TIE) - 1)
+            if last < cells:
+                more = min(more, upto[last + 1] - upto[first])
+            first = last
+        if first >= cells:
+            return bound
+        bound = more
+
+
+def _least_allowed(upto: Sequence[float], stages: int, allowed: Callable[[int, int, int], bool]) -> float:
+    """The same where some stages are excluded, by dynamic programming; infinite if no cut has only allowed ones."""
+    cells = len(upto) - 1
+    worst: list[list[float]] = [[math.inf] * (cells + 1) for _ in range(stages + 1)]
+    worst[0][0] = 0
+    for stage in range(stages):
+        for last in range(stage + 1, cells - (stages - stage - 1) + 1):
+            for first in range(stage, last):
+                slowest = max(worst[stage][first], upto[last] - upto[first])
+                if slowest < worst[stage + 1][last] and allowed(stage, first, last):
+                    worst[stage + 1][last] = slowest
+    return worst[stages][cells]
+
+
+def cell_seconds(blueprint: Blueprint) -> tuple[float, ...]:
+    """What the executor weighs when it cuts: seconds of each block call with what runs before it (and after the last)."""
+    if not blueprint.calls:
+        return ()
+    return tuple(cell.seconds for cell in _cells(blueprint, 1, CPU if blueprint.device == "cpu" else GPU))
 
 
 def _cells(blueprint: Blueprint, items: int, rates: Rates) -> list[_Cell]:

@@ -7,7 +7,7 @@ What happens between units, stages and data ranks is left to `predict.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from meshwright.cluster import Cluster
@@ -65,6 +65,8 @@ class Rates:
     peak: float
     peak_low: float
     memory: float
+    plain: float
+    """Bytes per second of kernels that only move: on a GPU what all others get too."""
     table: dict[str, Any]
     launch: float
     collective: float
@@ -73,6 +75,8 @@ class Rates:
     width: float
     attention: float
     """Of hand-fused stacks' attention over PyTorch's own."""
+    product: float
+    """Part of the peak that a large product gets."""
     accumulate: float
     """Bytes moved per parameter and micro-batch to add its gradient to the full-precision one."""
 
@@ -87,17 +91,21 @@ def rates(cluster: Cluster, precision: str, mode: str, captured: str) -> Rates:
     low = device.peak_flops("float8") * float(table["float8"]) if precision == "fp8" else device.peak_flops(dtype)
     measured = dict(device.rates)
     if "kernel_s" in measured:
-        table = table | {key: value for key, value in measured.items() if key in table}
+        table = table | measured
+    eager = float(launch["eager_stream"]) if mode == "eager" else 1.0
+    memory = device.memory_bytes_per_s * float(table["stream"]) * eager
     return Rates(
         peak=device.peak_flops(dtype) * device.power,
         peak_low=low * device.power,
-        memory=device.memory_bytes_per_s * float(table["stream"]) * (float(launch["eager_stream"]) if mode == "eager" else 1.0),
+        memory=memory,
+        plain=measured.get("plain", 0.0) * eager or memory,
         table=table,
         launch=measured.get("launch_s", launch[f"{mode}_us"] * 1e-6 if device.kernels != "cpu" else 0.0),
         collective=launch["collective_us"] * 1e-6 if device.kernels != "cpu" else 0.0,
         element=width[dtype] / width.get(captured, 4.0),
         width=width[dtype],
         attention=float(table["attention_fused"]) if mode == "fused" else 1.0,
+        product=float(table["rate"]) * (1.0 if mode == "fused" else float(launch["eager_product"])),
         accumulate=float(constants()["step"]["accumulate_fused_bytes" if mode == "fused" else "accumulate_bytes"]),
     )
 
@@ -109,7 +117,8 @@ def unit_time(unit: UnitProfile, split: Split, rate: Rates, tp: Group, cp: Group
     w, w_flops, w_launches = _phase(unit.weight, split, rate)
     weights = unit.weights.local(split.tp, split.ep)
     w += (weights[0] + weights[1]) * rate.accumulate / rate.memory
-    tp_f, tp_b, calls = _exchanges(unit, split, rate, tp)
+    tp_f, tp_b, calls = _exchanges(unit, split, rate, replace(tp, host_s=0.0) if tp.host_s else tp)
+    each = rate.collective + tp.host_s  # the host issues these while the device works
     cp_f, cp_b = _ring(unit, split, rate, cp, f)
     ep_f, ep_b = _dispatch(unit, split, rate, ep)
     again, again_tp, again_ep, flops = 0.0, 0.0, 0.0, f_flops + b_flops + w_flops
@@ -120,8 +129,9 @@ def unit_time(unit: UnitProfile, split: Split, rate: Rates, tp: Group, cp: Group
     elif split.recompute == "selective":
         again, extra, again_launches = _phase(unit.recomputed, split, rate)
         flops += extra
-    host_f = f_launches * rate.launch + calls * rate.collective
-    host_b = (b_launches + w_launches + again_launches) * rate.launch + (1.5 if split.sp else 1.0) * calls * rate.collective
+    again_gathered = split.sp and not any(kept.enters for kept in unit.kept)  # else its inputs are kept gathered
+    host_f = f_launches * rate.launch + calls * each
+    host_b = (b_launches + w_launches + again_launches) * rate.launch + (1.5 if again_gathered else 1.0) * calls * each
     f += max(0.0, host_f - f - tp_f - ep_f)
     waits = max(0.0, host_b - b - w - again - tp_b - again_tp - ep_b)
     return UnitTime(f, b + again + waits, w, tp_f, tp_b + again_tp, cp_f, cp_b, ep_f, ep_b + again_ep, flops)
@@ -139,13 +149,12 @@ def _phase(phase: Phase, split: Split, rate: Rates) -> tuple[float, float, int]:
         seconds += t
         flops += f
     kernel = float(rate.table["kernel_us"]) * 1e-6
-    moved = 0.0
-    for (units, routed), (fixed, per_item, kernels) in phase.streams.items():
+    for (units, routed, plain), (fixed, per_item, kernels) in phase.streams.items():
         share = degree(split.tp, units) if units else split.tp if split.sp else 1
         varying = per_item * split.items / split.cp / (split.tp if routed and split.sp and not units else share)
-        moved += fixed / (share if units else 1) / (split.ep if routed else 1) + varying
-        seconds += kernels * kernel
-    return seconds + moved * rate.element / rate.memory, flops, phase.launches
+        moved = fixed / (share if units else 1) / (split.ep if routed else 1) + varying
+        seconds += kernels * kernel + moved * rate.element / (rate.plain if plain else rate.memory)
+    return seconds, flops, phase.launches
 
 
 def _product(product: Product, split: Split, rate: Rates) -> tuple[float, float]:
@@ -168,7 +177,9 @@ def _product(product: Product, split: Split, rate: Rates) -> tuple[float, float]
     low = product.weight and rate.peak_low > rate.peak
     peak = rate.peak_low if low else rate.peak
     table = rate.table
-    efficiency = table["rate"] * (m / (m + table["m0"])) * (n / (n + table["n0"])) * (k / (k + table["k0"]))
+    efficiency = rate.product * (m / (m + table["m0"])) * (n / (n + table["n0"])) * (k / (k + table["k0"]))
+    if product.conv:
+        efficiency *= table.get("conv", 1.0)
     if flops > 1e12:
         efficiency *= table["sustained"]
     moved = batch * (m * k + k * n + m * n) * rate.width

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from meshwright import losses
 from meshwright.blueprint.inspection import inspect
 from meshwright.blueprint.record import Blueprint
-from meshwright.blueprint.spec import parse_spec
+from meshwright.blueprint.spec import ModelSpec, parse_spec
 from meshwright.cluster import Cluster
 from meshwright.cluster.history import remember
+from meshwright.engine.batch import caller
 from meshwright.errors import MeshwrightError
-from meshwright.parallel.auto import choose
+from meshwright.parallel.auto import choose, divides
 from meshwright.plan import Plan
 from meshwright.plan.predict import predict
 from meshwright.plan.prediction import Prediction
@@ -23,20 +27,32 @@ from meshwright.train.config import Config
 
 def blueprint(config: Config, precision: str) -> Blueprint:
     """The run's model with its loss, as this machine's devices run it. Raises `MeshwrightError` if it can't be captured."""
+    spec, batch, device = _sample(config)
+    dtype = None if precision == "fp32" else getattr(torch, COMPUTE[precision])
+    return inspect(spec.build, batch, loss_fn=losses.cross_entropy, device=device, dtype=dtype)
+
+
+def _sample(config: Config) -> tuple[ModelSpec, Any, str]:
+    """The run's model spec, a batch of two rows for it, and the kind of device that is here."""
     length = config.data.sequence_length
     spec = parse_spec(config.model.spec, sequence=length)
     tokens = torch.zeros(2, length, dtype=torch.int64)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = {"input_ids": tokens, "labels": tokens} if spec.library_config is not None else (tokens, tokens)
-    dtype = None if precision == "fp32" else getattr(torch, COMPUTE[precision])
-    return inspect(spec.build, batch, loss_fn=losses.cross_entropy, device=device, dtype=dtype)
+    return spec, batch, "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def chosen(config: Config, ranks: int) -> Plan:
     """The plan that `auto` stands for in this run."""
     plan = Plan.parse(config.plan.text, ranks)
+
+    def reading(module: nn.Module) -> Callable[[Any], Any]:
+        call = caller(module, module, None)
+        return lambda batch: losses.cross_entropy(call(batch), batch)
+
     try:
-        return choose(blueprint(config, plan.precision), config.plan.text, ranks, config.data.global_batch)[0]
+        spec, batch, _ = _sample(config)
+        works = divides(spec.build, batch, reading)
+        return choose(blueprint(config, plan.precision), config.plan.text, ranks, config.data.global_batch, works)[0]
     except MeshwrightError:
         return plan
 
@@ -65,6 +81,8 @@ def compare(prediction: Prediction, seconds: float, peak_bytes: int, device: str
     if device == "cuda":
         line |= {"predicted_bytes": prediction.memory_bytes["peak"], "measured_bytes": float(peak_bytes)}
         text += f"; predicted {prediction.memory_bytes['peak'] / 1e9:.2f} GB at the peak, measured {peak_bytes / 1e9:.2f}"
+    else:
+        text += f"; predicted {prediction.memory_bytes['peak'] / 1e6:,.1f} MB of tensors, the process held {peak_bytes / 1e6:,.1f}"
     remember(line)
     return text
 
