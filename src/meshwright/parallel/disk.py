@@ -1,0 +1,277 @@
+"""Tensors in a file: direct reads and writes of large aligned blocks by a pool of threads.
+
+A `Disk` is one file in a directory that the user names. It has no name there once it is open, so nothing of it outlives the
+process, however that ends. The file is handed out in `Slot`s: one that is rewritten in place every step (optimizer states), or
+one for a moment (an activation), whose room is used again. Space is claimed from the filesystem when a slot is made, so that a
+disk that is too small says so before anything is on it. Transfers of one slot happen in the order in which they were asked for;
+others overlap.
+
+Where the filesystem knows O_DIRECT nothing passes through the page cache. Tensors from `aligned` travel without a copy, others
+through one staging buffer of `BLOCK` bytes per thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from meshwright.errors import MeshwrightError, PlanError, TrainingError
+
+ALIGNMENT = 4096
+"""Bytes that addresses, offsets and lengths of direct transfers are multiples of (the largest logical block in use)."""
+BLOCK = 8 << 20
+"""Bytes of one request: large enough for the device's full rate, small enough that a tensor keeps several threads at work."""
+_NETWORK = {
+    "9p",
+    "afs",
+    "beegfs",
+    "ceph",
+    "cifs",
+    "glusterfs",
+    "gpfs",
+    "lustre",
+    "ncpfs",
+    "nfs",
+    "nfs4",
+    "orangefs",
+    "smb3",
+    "smbfs",
+}
+
+
+def rounded(nbytes: int) -> int:
+    """Bytes that so many take in the file: the next multiple of `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def aligned(nbytes: int) -> Tensor:
+    """Return memory [nbytes] (uint8, on the CPU) that transfers use as it is; its length may be short of a multiple."""
+    room = torch.empty(rounded(nbytes) + ALIGNMENT, dtype=torch.uint8)
+    start = -room.data_ptr() % ALIGNMENT
+    return room[start : start + nbytes]
+
+
+def check_directory(directory: str, needed_bytes: int = 0) -> None:
+    """Raise `PlanError` for a directory that is missing, not writable, on a network filesystem, or short of `needed_bytes`."""
+    path = Path(directory)
+    if not path.is_dir():
+        raise PlanError(f"nvme={directory}: there is no such directory; make it, or name one on a local disk")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PlanError(f"nvme={directory}: the directory is not writable by this user; name one that is")
+    kind = _filesystem(path)
+    if kind in _NETWORK or (kind.startswith("fuse.") and kind != "fuse.mergerfs"):
+        raise PlanError(f"nvme={directory}: the directory is on a network filesystem ({kind}); name one on a local disk")
+    state = os.statvfs(path)
+    free = state.f_bavail * state.f_frsize
+    if needed_bytes > free:
+        raise PlanError(
+            f"nvme={directory}: the plan puts {needed_bytes / 1e9:.2f} GB there and {free / 1e9:.2f} GB are free; free some, name "
+            f"a larger disk, or offload at most @{free / needed_bytes:.2f} of it"
+        )
+
+
+def _filesystem(path: Path) -> str:
+    """The type of the filesystem that a directory is on, as the kernel names it; empty where the kernel has no such list."""
+    table = Path("/proc/self/mounts")
+    if not table.exists():
+        return ""
+    here, best, kind = path.resolve(), -1, ""
+    for line in table.read_text().splitlines():
+        _, point, found, *_ = line.split()
+        mounted = Path(point.encode().decode("unicode_escape"))
+        if len(mounted.parts) >= best and (here == mounted or mounted in here.parents):
+            best, kind = len(mounted.parts), found
+    return kind
+
+
+@dataclass(eq=False)
+class Slot:
+    """A stretch of the file: `nbytes` of use at `offset`. `latest` are the transfers that a next one has to follow."""
+
+    offset: int
+    nbytes: int
+    latest: Transfer | None = field(default=None, repr=False)
+
+
+@dataclass(eq=False)
+class Transfer:
+    """A read into, or a write from, `tensor` that is under way."""
+
+    tensor: Tensor
+    blocks: Sequence[Future[None]]
+
+    def wait(self) -> Tensor:
+        """Return the tensor once the transfer is done. Raises `TrainingError` in one sentence if the disk failed."""
+        for block in self.blocks:
+            block.result()
+        return self.tensor
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return all(block.done() for block in self.blocks)
+
+
+class Disk:
+    """A file without a name in `directory`, read and written by `threads` threads. `written` and `read_back` count bytes.
+
+    Close it at the end; the file is gone then, as it is when the process ends in any other way.
+    """
+
+    def __init__(self, directory: str, needed_bytes: int = 0, threads: int = 4) -> None:
+        """Claim `needed_bytes` for slots to come. Raises `PlanError` for a directory that won't do (`check_directory`)."""
+        check_directory(directory, needed_bytes)
+        self.directory = directory
+        self.written = self.read_back = 0
+        self._descriptor = self._open()
+        self._claimed = self._end = 0
+        self._free: dict[int, list[int]] = {}
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="meshwright-disk")
+        self._staging = threading.local()
+        try:
+            self._claim(needed_bytes)
+        except MeshwrightError:
+            self.close()
+            check_directory(directory, needed_bytes + ALIGNMENT)
+            raise
+
+    def _open(self) -> int:
+        try:
+            descriptor, name = tempfile.mkstemp(prefix="meshwright-", dir=self.directory)
+            try:
+                direct = os.open(name, os.O_RDWR | getattr(os, "O_DIRECT", 0))
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a filesystem without direct transfers
+                    raise
+                return descriptor
+            finally:
+                os.unlink(name)
+        except OSError as error:
+            raise PlanError(
+                f"nvme={self.directory}: no file can be made there ({error.strerror}); name another directory"
+            ) from error
+        os.close(descriptor)
+        return direct
+
+    # Room
+
+    def slot(self, nbytes: int) -> Slot:
+        """Return room for `nbytes`, its content undefined. Raises `TrainingError` where the disk is full."""
+        size = rounded(nbytes)
+        reusable = self._free.get(size)
+        if reusable:
+            return Slot(reusable.pop(), nbytes)
+        if self._end + size > self._claimed:
+            self._claim(max(size, 32 * BLOCK) if self._claimed else size)
+        slot = Slot(self._end, nbytes)
+        self._end += size
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """Give a slot's room back, once its transfers are done; the next slot of its size gets it."""
+        self._free.setdefault(rounded(slot.nbytes), []).append(slot.offset)
+
+    def _claim(self, nbytes: int) -> None:
+        if nbytes <= 0:
+            return
+        try:
+            os.posix_fallocate(self._descriptor, self._claimed, rounded(nbytes))
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a filesystem that claims nothing in advance
+                raise self._failure(error) from error
+        self._claimed += rounded(nbytes)
+
+    # Transfers
+
+    def write(self, slot: Slot, tensor: Tensor) -> Transfer:
+        """Start writing a contiguous CPU tensor of the slot's size; it must not change before the transfer is done."""
+        self.written += tensor.nbytes
+        return self._start(slot, tensor, self._write_block)
+
+    def read(self, slot: Slot, tensor: Tensor) -> Transfer:
+        """Start reading a slot into a contiguous CPU tensor of its size."""
+        self.read_back += tensor.nbytes
+        return self._start(slot, tensor, self._read_block)
+
+    def put(self, tensor: Tensor) -> Slot:
+        """Start writing a tensor to room of its own."""
+        slot = self.slot(tensor.nbytes)
+        self.write(slot, tensor)
+        return slot
+
+    def _start(self, slot: Slot, tensor: Tensor, work: Callable[[int, int, int], None]) -> Transfer:
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.nbytes != slot.nbytes:
+            raise ValueError(f"a slot of {slot.nbytes} bytes takes a contiguous CPU tensor of as many, not {tensor.nbytes}")
+        before, address = slot.latest, tensor.data_ptr()
+
+        def block(start: int) -> None:
+            if before is not None:  # asked for earlier, so the pool has begun it: no thread waits for one that can't start
+                before.wait()
+            try:
+                work(slot.offset + start, address + start, min(BLOCK, slot.nbytes - start))
+            except OSError as error:
+                raise self._failure(error) from error
+
+        slot.latest = Transfer(tensor, [self._pool.submit(block, start) for start in range(0, slot.nbytes, BLOCK)])
+        return slot.latest
+
+    def _write_block(self, offset: int, address: int, nbytes: int) -> None:
+        if address % ALIGNMENT or nbytes % ALIGNMENT:
+            staging = self._buffer()
+            ctypes.memmove(staging, address, nbytes)
+            address, nbytes = staging, rounded(nbytes)
+        while nbytes:
+            count = os.pwritev(self._descriptor, [_memory(address, nbytes)], offset)
+            offset, address, nbytes = offset + count, address + count, nbytes - count
+
+    def _read_block(self, offset: int, address: int, nbytes: int) -> None:
+        staged = bool(address % ALIGNMENT or nbytes % ALIGNMENT)
+        place = self._buffer() if staged else address
+        left = rounded(nbytes)
+        while left:
+            count = os.preadv(self._descriptor, [_memory(place + rounded(nbytes) - left, left)], offset)
+            if count == 0:
+                raise OSError(errno.EIO, "the file is shorter than what was written")
+            offset, left = offset + count, left - count
+        if staged:
+            ctypes.memmove(address, place, nbytes)
+
+    def _buffer(self) -> int:
+        """The address of this thread's staging memory."""
+        if not hasattr(self._staging, "memory"):
+            self._staging.memory = aligned(BLOCK)
+        return int(self._staging.memory.data_ptr())
+
+    def _failure(self, error: OSError) -> TrainingError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return TrainingError(
+                f"the disk under {self.directory} is full: the run stops and its last checkpoint is intact; free some space and resume"
+            )
+        return TrainingError(
+            f"the disk under {self.directory} failed ({error.strerror}): resume from the last checkpoint elsewhere"
+        )
+
+    def close(self) -> None:
+        """Wait for what is under way and give the file's space back."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pool"):
+            self.close()
+
+
+def _memory(address: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+    return (ctypes.c_char * nbytes).from_address(address)
