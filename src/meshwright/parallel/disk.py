@@ -255,7 +255,7 @@ class Disk:
     def _failure(self, error: OSError) -> TrainingError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return TrainingError(
-                f"the disk under {self.directory} is full: the run stops and its last checkpoint is intact; free some space and resume"
+                f"the disk under {self.directory} is full: the run stops and its last checkpoint is intact; free some and resume"
             )
         return TrainingError(
             f"the disk under {self.directory} failed ({error.strerror}): resume from the last checkpoint elsewhere"
