@@ -91,6 +91,8 @@ def under_plan(
         result["losses"].append(metrics.loss)
         result["norms"].append(metrics.grad_norm)
     result["weights"] = engine.full_state_dict()
+    if engine.plan.update == "backward":  # its gradients are gone when a step is over
+        return result if engine.ranks.rank == 0 else {"losses": result["losses"], "norms": result["norms"]}
     by_hand = mw.parallelize(zoo.build(name, dtype), plan, example_batch=example, **keywords)
     batch = share(example, by_hand.data_rank, by_hand.data_ranks)
     if by_hand.pipeline is not None:
@@ -129,7 +131,7 @@ def assert_same_as_single_device(name: str, plan: str, world_size: int, dtype: t
             found[0][key],
             expected[key],
         )
-    for key in ("gradients", "weights"):
+    for key in ("gradients", "weights") if "gradients" in found[0] else ("weights",):
         assert set(found[0][key]) == set(expected[key]), set(found[0][key]) ^ set(expected[key])
         # A gradient that is zero but for rounding (a key's bias under softmax) is measured against the model's largest.
         floor = 1e-3 * max(v.abs().max().item() for v in expected[key].values() if v.numel())

@@ -59,17 +59,60 @@ def fsdp_unsharded_parameters(root: nn.Module) -> Iterator[tuple[nn.Parameter, T
     whether this rank's backward used the parameter.
     """
     for module in root.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        module.unshard()
-        state = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None)  # 2.12 and later: several groups a module
-        if groups is None:
-            groups = [state._fsdp_param_group] if state._fsdp_param_group else []
-        for group in groups:
-            for parameter in group.fsdp_params:
-                yield parameter.sharded_param, parameter.unsharded_param
-        module.reshard()
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            for group in _param_groups(module):
+                for parameter in group.fsdp_params:
+                    yield parameter.sharded_param, parameter.unsharded_param
+            module.reshard()
+
+
+def _param_groups(module: FSDPModule) -> list[Any]:
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # 2.12 and later: several groups a module
+    if groups is None:
+        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
+    return list(groups)
+
+
+def fsdp_groups(root: nn.Module) -> Iterator[tuple[Any, list[nn.Parameter]]]:
+    """Yield each FSDP2 parameter group below `root` with its sharded parameters: what is gathered and reduced together."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            for group in _param_groups(module):
+                yield group, [parameter.sharded_param for parameter in group.fsdp_params]
+
+
+def fsdp_around(group: Any, method: str, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Call `before` and `after` around an FSDP2 group's `unshard` or `post_backward`, at this one object.
+
+    FSDP2 has no hook for when it reads a unit's shards, nor for when the unit's gradients have all been reduced. 2.11 to 2.13.
+    """
+    original = getattr(group, method)
+
+    def around(*arguments: Any, **keywords: Any) -> Any:
+        before()
+        result = original(*arguments, **keywords)
+        after()
+        return result
+
+    setattr(group, method, around)
+
+
+def fsdp_is_gathered(group: Any) -> bool:
+    """Whether `unshard` of an FSDP2 group has nothing to do. 2.11 to 2.13."""
+    return bool(group.is_unsharded) or group._all_gather_result is not None
+
+
+def fsdp_wait_for_gradients(group: Any) -> None:
+    """Let what is launched from now on wait for an FSDP2 group's reduced gradients. 2.11 to 2.13."""
+    if group._post_reduce_event is not None:
+        group.device_handle.current_stream().wait_event(group._post_reduce_event)
+
+
+def in_backward() -> bool:
+    """Whether a backward is running; a forward in it is a recomputation."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def local_of(tensor: Tensor) -> Tensor:

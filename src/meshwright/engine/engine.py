@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from meshwright import _torch
 from meshwright.engine import norm, state
+from meshwright.engine.backward import InBackward, refuse_by_hand
 from meshwright.engine.batch import caller, plain, scalar, split, to_device
 from meshwright.engine.flow import flow, loss_without_backward, output_without_backward
 from meshwright.engine.ledger import Ledger
@@ -31,6 +32,7 @@ from meshwright.engine.metrics import Metrics
 from meshwright.engine.optimizer import BoundOptimizer, OptimizerFactory
 from meshwright.engine.precision import LossScale, autocast, dtype_contract, match_norm_inputs
 from meshwright.engine.randomness import seeded
+from meshwright.engine.stored import StoredOptimizer, needs_store
 from meshwright.errors import ConfigError, DataError, TrainingError
 from meshwright.parallel import fsdp
 from meshwright.parallel.apply import COMPUTE_DTYPES, Reading, apply, average_batch_norms
@@ -81,8 +83,8 @@ class Engine:
         self.pipeline = self._applied.pipeline
         self.seed = settings.seed
         self.table = self._applied.table
-        self.bound = BoundOptimizer(optimizer, self.table, self.ranks) if optimizer else None
-        self.dtypes = dtype_contract(plan.precision, self.table)
+        self.bound = self._bind(optimizer) if optimizer else None
+        self.dtypes = dtype_contract(plan, self.table)
         self.data_rank, self.data_ranks = self.ranks.data_rank, self.ranks.data_ranks
         self.steps = 0
         self.loss_scale = LossScale.of(plan.precision)
@@ -97,6 +99,14 @@ class Engine:
         self._uncounted: int | None = None  # by hand: the items of the calls that no backward has followed yet
         self._without_items: list[Tensor] = []
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        self.in_backward: InBackward | None = None
+        if plan.update == "backward" and isinstance(self.bound, StoredOptimizer):
+            self.in_backward = InBackward(self, self.bound)
+
+    def _bind(self, optimizer: OptimizerFactory) -> BoundOptimizer:
+        if not needs_store(self.plan):
+            return BoundOptimizer(optimizer, self.table, self.ranks)
+        return StoredOptimizer(optimizer, self.table, self.ranks, self.plan, self._applied.groups(), self.seed)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -130,6 +140,9 @@ class Engine:
             parts = split(plain(batch), self.plan.microbatches)
             counts = [self._settings.count_fn(part) if part is not None else 0 for part in parts]
             self._expect(sum(counts))
+            optimizer.now = self.steps
+            if self.in_backward is not None:
+                return self.in_backward.step(parts, counts)
             if self.pipeline is not None:
                 self._flow(parts, counts)
                 self._reduce_rest()
@@ -222,6 +235,7 @@ class Engine:
         if not torch.is_grad_enabled():
             return self._without_backward(self._output_of, batch)
         refuse_output(self.plan)
+        refuse_by_hand(self.plan)
         buckets = self._applied.buckets
         if (buckets is not None and buckets.reduced) or any(entry.summed is not None for entry in self.table):
             raise ConfigError("full_gradients() has summed this step's gradients over the ranks: call optimizer_step() before more")
@@ -275,7 +289,9 @@ class Engine:
         """Reduce what is left to reduce, clip, update, and free the gradients; every rank must call it."""
         try:
             self._reduce_rest()
-            return self._update(self._optimizer())
+            optimizer = self._optimizer()
+            optimizer.now = self.steps
+            return self._update(optimizer)
         except BaseException:
             self._abandon()
             raise

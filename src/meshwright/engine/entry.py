@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from meshwright.engine.backward import check_clip
 from meshwright.engine.batch import rows
 from meshwright.engine.engine import Engine, Settings
 from meshwright.engine.optimizer import OptimizerFactory
@@ -62,6 +63,7 @@ def parallelize(
     _check_model(model)
     parsed = Plan.parse(plan) if isinstance(plan, str) else plan
     refuse_unavailable(parsed)
+    check_clip(parsed, clip_grad_norm)
     connect()
     if isinstance(plan, str) and is_auto(plan):
         parsed = choose_here(model, plan, example_batch, loss_fn)

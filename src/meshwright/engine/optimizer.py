@@ -25,7 +25,7 @@ from meshwright.parallel.ranks import Ranks
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 # Updates of these read nothing but the element itself, its gradient and its states, so rows can be updated apart.
-_ELEMENTWISE = (
+ELEMENTWISE = (
     torch.optim.Adadelta,
     torch.optim.Adagrad,
     torch.optim.Adam,
@@ -45,8 +45,10 @@ class BoundOptimizer:
 
     `torch` is the optimizer itself (for torch's learning-rate schedulers and inspection), `entries` are those of the parameter
     table that it updates on any rank, in the order of its groups. `of` gives the tensor that this rank's optimizer holds for an
-    entry, None where another rank owns it.
+    entry, None where another rank owns it. `now` is the number of the step that the next update belongs to.
     """
+
+    now = 0
 
     def __init__(self, factory: OptimizerFactory, table: list[Parameter], ranks: Ranks) -> None:
         """Call `factory` and re-bind its groups. Raises `ConfigError` for an optimizer that can't be used."""
@@ -59,7 +61,7 @@ class BoundOptimizer:
             raise ConfigError(
                 f"{type(self.torch).__name__} needs to evaluate the loss again in its step: use AdamW, SGD or another"
             )
-        elementwise = type(self.torch) in _ELEMENTWISE
+        elementwise = type(self.torch) in ELEMENTWISE
         cut = next((entry.name for entry in trainable if entry.cut is not None), None)
         if not elementwise and cut is not None:
             raise ConfigError(

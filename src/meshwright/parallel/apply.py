@@ -22,11 +22,13 @@ from meshwright.blueprint.blocks import block_names
 from meshwright.errors import ModelError, PlanError
 from meshwright.parallel import fsdp, materialise
 from meshwright.parallel.buckets import Buckets
+from meshwright.parallel.disk import check_directory
 from meshwright.parallel.parameters import Parameter, collect, rebind
 from meshwright.parallel.partitioned import Partition, axes
 from meshwright.parallel.pipelined import Pipeline
 from meshwright.parallel.ranks import Ranks, open_homes
 from meshwright.plan import Plan
+from meshwright.plan.plan import offloads
 
 COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precision in the plan -> the dtype that matmuls run in; None leaves every tensor in the dtype the model gave it."""
@@ -52,6 +54,14 @@ class Applied:
     batch_norms: list[Tensor] = field(default_factory=list)
     partition: Partition | None = None
     pipeline: Pipeline | None = None
+
+    def groups(self) -> list[list[Parameter]]:
+        """Return the trainable entries that this rank updates together, in the order in which a backward is done with them."""
+        units = [] if self.root is None else fsdp.groups(self.root, self.sharded)
+        cut = [] if self.buckets is None else [bucket.entries for bucket in self.buckets.buckets]
+        known = {id(entry) for group in (*units, *cut) for entry in group}
+        rest = [entry for entry in reversed(self.table) if entry.here and id(entry) not in known]
+        return [[e for e in group if e.trainable] for group in (*cut, *units, rest) if any(e.trainable for e in group)]
 
 
 @dataclass(frozen=True)
@@ -80,9 +90,13 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     if recording is None:
         module.to(ranks.device)
         _copy_from_rank_zero(module, ranks)
-    if ranks.world_size > 1 or compute_dtype is not None:
+    if ranks.world_size > 1 or compute_dtype is not None or plan.update == "backward":
         for entry in table:
             _make_plain(entry)
+    if plan.master != "fp32" and compute_dtype is not None:
+        for entry in table:
+            if entry.trainable and entry.dtype.is_floating_point:
+                entry.live.data = entry.live.data.to(compute_dtype)
     partition, pipeline = _divide(module, table, plan, ranks, reading, compute_dtype)
     root: fsdp.Root | None = None
     sharded: list[Parameter] = []
@@ -105,9 +119,10 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     left = [entry for entry in table if entry.here and entry.shape.numel() and not any(entry is taken for taken in sharded)]
     buckets = None
     sleeps = pipeline is not None and plan.dp_shard > 1 and plan.zero == 3
-    if ranks.group("data") is not None or compute_dtype is not None:
+    in_backward = plan.update == "backward"
+    if (ranks.group("data") is not None or compute_dtype is not None or in_backward) and any(entry.trainable for entry in left):
         stage = 0 if plan.dp_shard == 1 else min(plan.zero, 2)
-        buckets = Buckets(left, ranks, stage, compute_dtype, sleeps) if any(entry.trainable for entry in left) else None
+        buckets = Buckets(left, ranks, stage, compute_dtype, sleeps, small=in_backward)
     if partition is not None and not sleeps:
         partition.as_dtensors(left, ranks)
     forward: Callable[..., object] = module
@@ -156,8 +171,7 @@ def refuse_unavailable(plan: Plan) -> None:
     """Raise `PlanError` for a legal plan that this version does not execute yet."""
     default = Plan()
     pipeline = () if plan.pp != 1 else ("schedule", "virtual", "split")
-    memory = ("recompute", "offload", "optimizer_state", "master", "update", "clip", "loss_chunks")
-    for name in ("ep", *pipeline, *memory, "compile"):
+    for name in ("ep", *pipeline, "recompute", "loss_chunks", "compile"):
         if getattr(plan, name) != getattr(default, name):
             item = str(Plan(**{name: getattr(plan, name)}))
             raise PlanError(
@@ -165,8 +179,28 @@ def refuse_unavailable(plan: Plan) -> None:
             )
     if plan.sp and plan.tp == 1:
         raise PlanError("sp=on divides activations over the ranks of tp: add tp=N, or leave sp out")
+    refuse_storage(plan)
     if plan.precision not in COMPUTE_DTYPES:
         raise PlanError(f"precision={plan.precision} is not available in this version: the nearest is precision=bf16")
+
+
+def refuse_storage(plan: Plan) -> None:
+    """Raise `PlanError` for ways to store states that contradict each other, or that this version does not execute yet."""
+    for item in offloads(plan.offload):
+        if item.what != "optimizer":
+            raise PlanError(f"offload={item.what} is not available in this version: offload=optimizer is")
+        if item.directory is not None:
+            check_directory(item.directory)
+    if plan.master != "fp32" and plan.precision != "bf16":
+        raise PlanError(f"master={plan.master} keeps bfloat16 weights: add precision=bf16, or leave master out")
+    if plan.clip != "exact" and plan.update == "step":
+        raise PlanError(f"clip={plan.clip} is for update=backward: add that, or leave clip out")
+    if plan.update == "backward" and plan.pp != 1:
+        raise PlanError(
+            f"update=backward: a pipeline (pp={plan.pp}) has all gradients before the first is whole: leave update out, or use pp=1"
+        )
+    if plan.update == "backward" and plan.precision == "fp16" and plan.clip != "two_pass":
+        raise PlanError("update=backward: precision=fp16 looks at all gradients before the first update: use bf16, or clip=two_pass")
 
 
 class _Values:

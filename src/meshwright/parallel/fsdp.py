@@ -108,6 +108,74 @@ def bind(root: Root, taken: list[Parameter]) -> None:
             unsharded.register_post_accumulate_grad_hook(partial(_mark, entry))
 
 
+def groups(root: Root, taken: list[Parameter]) -> list[list[Parameter]]:
+    """Return the entries that FSDP2 gathers and reduces together, in the order in which a backward is done with them."""
+    by_live = {id(entry.live): entry for entry in taken}
+    found = [[by_live[id(sharded)] for sharded in parameters] for _, parameters in _torch.fsdp_groups(root)]
+    return found[::-1]
+
+
+class Reduced:
+    """Says when a unit's gradients are whole: in the backward after the one that made them, or at `flush`.
+
+    A unit whose module was called several times is whole after as many backwards. Waiting for one more unit lets a device reduce the
+    first while it computes the second.
+    """
+
+    def __init__(self, root: Root, taken: list[Parameter], ready: Callable[[list[Parameter]], None]) -> None:
+        """Call `ready` with each unit's trainable entries, once for each backward that follows `begin(last=True)`."""
+        self._ready, self._last = ready, False
+        self._units: list[tuple[Any, list[Parameter]]] = []
+        self._calls: list[int] = []
+        self._backwards: list[int] = []
+        self._left: list[int] = []
+        self._waiting: int | None = None
+        by_live = {id(entry.live): entry for entry in taken}
+        for group, parameters in _torch.fsdp_groups(root):
+            number = len(self._units)
+            self._units.append((group, [by_live[id(sharded)] for sharded in parameters if by_live[id(sharded)].trainable]))
+            _torch.fsdp_around(group, "pre_forward", partial(self._count, number), lambda: None)
+            _torch.fsdp_around(group, "post_backward", lambda: None, partial(self._after, number))
+        self.begin(last=False)
+
+    def begin(self, last: bool) -> None:
+        """Prepare for a forward and backward; `last` says it is the step's last."""
+        self._last = last
+        self._calls = [0] * len(self._units)
+        self._backwards = [0] * len(self._units)
+        self._left = list(range(len(self._units)))[::-1]
+        self._waiting = None
+
+    def _count(self, number: int) -> None:
+        self._calls[number] += not _torch.in_backward()
+
+    def _after(self, number: int) -> None:
+        self._backwards[number] += 1
+        if not self._last or number not in self._left or self._backwards[number] != self._calls[number]:
+            return
+        self._left.remove(number)
+        before, self._waiting = self._waiting, number
+        if before is not None:
+            self._report(before)
+
+    def flush(self) -> None:
+        """After the backward: report what has not been reported."""
+        if self._last:
+            waiting = [] if self._waiting is None else [self._waiting]
+            left, self._left, self._waiting = [*waiting, *self._left], [], None
+            for number in left:
+                self._report(number)
+        self._last = False
+
+    def _report(self, number: int) -> None:
+        group, entries = self._units[number]
+        _torch.fsdp_wait_for_gradients(group)
+        attach(entries)
+        self._ready(entries)
+        for entry in entries:
+            entry.live.grad = entry.gradient = entry.summed = None
+
+
 def _mark(entry: Parameter, _: Tensor) -> None:
     entry.used = True
 

@@ -63,3 +63,8 @@ def state_bytes(plan: Plan, trainable: int, frozen: int = 0, bytes_each: int = 4
         gradients=bytes_each * trainable / sharded[1],
         optimizer=(master + bytes_each * optimizer_states) * trainable / sharded[2],
     )
+
+
+def slice_elements(trainable: int) -> int:
+    """Elements of a rank's parameters that an optimizer with stored states updates at a time: at most 8 MiB of fp32."""
+    return min(2**21, max(2**14, trainable // 64))
