@@ -548,9 +548,11 @@ class Engine:
         self._enter_call()
         save(self, Path(path), extra or {})
 
-    def adopt(self, steps: int, loss_scale: dict[str, float]) -> None:
+    def adopt(self, steps: int, loss_scale: dict[str, float], last_norm: float | None) -> None:
         """Go on from another run's position: what a checkpoint holds beside tensors."""
         self.steps = steps
+        if self.in_backward is not None:
+            self.in_backward.last_norm = last_norm
         if self.loss_scale.dynamic and loss_scale["dynamic"]:  # another precision's scale says nothing about this one's
             self.loss_scale.value, self.loss_scale.good_steps = loss_scale["value"], int(loss_scale["good_steps"])
         if self._applied.buckets is not None:

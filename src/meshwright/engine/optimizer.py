@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from meshwright.errors import ConfigError
-from meshwright.parallel.parameters import Parameter
+from meshwright.parallel.parameters import Parameter, Stored
 from meshwright.parallel.ranks import Ranks
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -80,6 +80,27 @@ class BoundOptimizer:
     def of(self, entry: Parameter) -> nn.Parameter | None:
         """Return the tensor that this rank's optimizer updates for `entry`, None if it updates none."""
         return self._updated.get(id(entry))
+
+    def states(self, entry: Parameter) -> dict[str, Any]:
+        """Return what this rank keeps of an entry between updates, by torch's names: tensors (perhaps `Stored`) and numbers."""
+        parameter = self.of(entry)
+        return {} if parameter is None else dict(self.torch.state.get(parameter, {}))
+
+    def of_its_shape(self, entry: Parameter, key: str, shape: torch.Size) -> bool:
+        """Return whether a saved state of this (whole) shape is laid out as the entry is."""
+        return bool(shape) and shape == entry.whole and not self.whole(entry)
+
+    def empty_state(self, entry: Parameter, key: str, dtype: torch.dtype) -> Tensor | Stored:
+        """Return a state of an entry's shape, for values to be put into before `begin` is given it."""
+        return torch.zeros_like(entry.master.detach(), dtype=dtype)
+
+    def begin(self, entry: Parameter, state: dict[str, Any]) -> None:
+        """Give an entry states that it is to go on from (all that are not `Stored`)."""
+        self.torch.state[self._updated[id(entry)]] = state
+
+    def forget(self, entry: Parameter) -> None:
+        """Drop an entry's states."""
+        self.torch.state.pop(self._updated[id(entry)], None)
 
     def whole(self, entry: Parameter) -> bool:
         """Return whether one rank updates the whole of a sharded entry."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from meshwright.engine.optimizer import ELEMENTWISE, BoundOptimizer, OptimizerFactory
 from meshwright.errors import ConfigError
-from meshwright.parallel.forms import Form, stochastic_bf16
+from meshwright.parallel.forms import Form, remainder, stochastic_bf16
 from meshwright.parallel.parameters import Parameter, Stored
 from meshwright.parallel.ranks import Ranks
 from meshwright.parallel.shelf import Place, Shelf, places
@@ -267,7 +267,7 @@ class StoredOptimizer(BoundOptimizer):
         kept = _stretch(entry.master, piece)
         if way == "kahan":
             kept.copy_(value)
-            self._memory(memory, piece, _WEIGHT).view(torch.bfloat16).copy_(value - kept.to(value))
+            self._memory(memory, piece, _WEIGHT).view(torch.bfloat16).copy_(remainder(value, kept))
         elif way == "stochastic":
             kept.copy_(stochastic_bf16(value.float(), generator))
         elif kept.data_ptr() != value.data_ptr():
@@ -305,25 +305,32 @@ class StoredOptimizer(BoundOptimizer):
         """Return this rank's states of an entry: small ones as they are, those of its shape as `Stored`; empty before an update."""
         if id(entry) not in self._started:
             return {}
-        found: dict[str, Any] = dict(self.torch.state.get(entry.master, {}))
-        return found | {each.key: self.state(entry, each.key) for each in self._fields[id(entry)] if each.key != _WEIGHT}
+        return super().states(entry) | {each.key: self._state(entry, each.key) for each in self._fields[id(entry)] if each.key != _WEIGHT}
 
-    def state(self, entry: Parameter, key: str) -> Stored:
-        """Return the state `key` of an entry, to be read or replaced. Raises `ConfigError` if the optimizer has no such state."""
-        each = next((each for each in self._fields[id(entry)] if each.key == key), None)
-        if each is None:
-            raise ConfigError(f"the optimizer as it is set here keeps no {key}")
-        return Stored(entry.master.shape, each.dtype, lambda: self._get(entry, key), lambda value: self._put(entry, key, value))
+    def of_its_shape(self, entry: Parameter, key: str, shape: torch.Size) -> bool:
+        """Return whether a saved state of this (whole) shape is one that lies on the shelf: of a scalar too."""
+        known = any(each.key == key for each in self._fields[id(entry)])
+        return shape == entry.whole and (known or super().of_its_shape(entry, key, shape))
 
-    def begin(self, entry: Parameter, small: dict[str, Any]) -> None:
-        """Say that an entry has states from now on, of which `small` are those that are not of its shape."""
+    def empty_state(self, entry: Parameter, key: str, dtype: torch.dtype) -> Stored:
+        """Return the state `key` of an entry. Raises `ConfigError` if the optimizer as it is set here has no such state."""
+        if not any(each.key == key for each in self._fields[id(entry)]):
+            raise ConfigError(f"the optimizer as it is set here keeps no {key}, which the checkpoint has")
+        return self._state(entry, key)
+
+    def begin(self, entry: Parameter, state: dict[str, Any]) -> None:
+        """Say that an entry has states from now on, of which `state` are those that are not stored."""
+        super().begin(entry, state)
         self._started.add(id(entry))
-        self.torch.state[entry.master] = small
 
     def forget(self, entry: Parameter) -> None:
         """Drop an entry's states."""
+        super().forget(entry)
         self._started.discard(id(entry))
-        self.torch.state.pop(entry.master, None)
+
+    def _state(self, entry: Parameter, key: str) -> Stored:
+        each = next(each for each in self._fields[id(entry)] if each.key == key)
+        return Stored(entry.master.shape, each.dtype, lambda: self._get(entry, key), lambda value: self._put(entry, key, value))
 
     def _pieces(self, entry: Parameter) -> Iterator[tuple[_Slice, _Piece]]:
         for one in self._slices_of[id(entry)]:
@@ -363,7 +370,7 @@ class StoredOptimizer(BoundOptimizer):
         if self._weights[id(entry)] == "stored":
             self._put(entry, _WEIGHT, value)
         elif self._weights[id(entry)] == "kahan":
-            self._put(entry, _WEIGHT, value - rows.to(value))
+            self._put(entry, _WEIGHT, remainder(value, rows))
 
     def _absorb(self) -> None:
         """Take the states that torch's optimizer holds (made at once, or loaded into it) onto the shelf."""

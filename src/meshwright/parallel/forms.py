@@ -72,6 +72,15 @@ def stochastic_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
     return noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
+def remainder(values: Tensor, rounded: Tensor) -> Tensor:
+    """Return what bfloat16 `rounded` lacks of `values`, as bfloat16 rounded towards zero: with it they have 16 bits and not 8.
+
+    Towards zero, so that rounding the sum gives `rounded` again.
+    """
+    left = values.float() - rounded.float()
+    return left.view(torch.int32).bitwise_and(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
 def _parts(memory: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The blocks' largest magnitudes [blocks] (negative for a block that has no negative value) and the codes [count]."""
     blocks = -(-count // BLOCK)
