@@ -52,19 +52,18 @@ def default_store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
-def fsdp_unsharded_parameters(root: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Yield (sharded, unsharded) for every FSDP2 parameter below `root`; gathers each unit once, so all ranks must call it.
+def fsdp_unsharded_parameters(module: FSDPModule) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return (sharded, unsharded) for every parameter of an FSDP2 unit, which is gathered once: all ranks must call it.
 
     Autograd accumulates into the unsharded parameter, which FSDP2 does not expose: a hook on it is the only way to learn
     whether this rank's backward used the parameter.
     """
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-            for group in _param_groups(module):
-                for parameter in group.fsdp_params:
-                    yield parameter.sharded_param, parameter.unsharded_param
-            module.reshard()
+    module.unshard()
+    found = [
+        (parameter.sharded_param, parameter.unsharded_param) for group in _param_groups(module) for parameter in group.fsdp_params
+    ]
+    module.reshard()
+    return found
 
 
 def _param_groups(module: FSDPModule) -> list[Any]:
@@ -75,12 +74,12 @@ def _param_groups(module: FSDPModule) -> list[Any]:
     return list(groups)
 
 
-def fsdp_groups(root: nn.Module) -> Iterator[tuple[Any, list[nn.Parameter]]]:
-    """Yield each FSDP2 parameter group below `root` with its sharded parameters: what is gathered and reduced together."""
+def fsdp_groups(root: nn.Module) -> Iterator[tuple[FSDPModule, Any, list[nn.Parameter]]]:
+    """Yield each FSDP2 unit below `root`, its group (what is gathered and reduced together) and the sharded parameters."""
     for module in root.modules():
         if isinstance(module, FSDPModule):
             for group in _param_groups(module):
-                yield group, [parameter.sharded_param for parameter in group.fsdp_params]
+                yield module, group, [parameter.sharded_param for parameter in group.fsdp_params]
 
 
 def fsdp_around(group: Any, method: str, before: Callable[[], None], after: Callable[[], None]) -> None:
@@ -99,6 +98,18 @@ def fsdp_around(group: Any, method: str, before: Callable[[], None], after: Call
     setattr(group, method, around)
 
 
+def fsdp_around_gather(group: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Call `before` before an FSDP2 group reads its shards, and `after` once it has: a group of one rank reads them when it waits."""
+
+    def nothing() -> None:
+        pass
+
+    alone = group._all_gather_process_group.size() == 1
+    fsdp_around(group, "unshard", before, nothing if alone else after)
+    if alone:
+        fsdp_around(group, "wait_for_unshard", nothing, after)
+
+
 def fsdp_is_gathered(group: Any) -> bool:
     """Whether `unshard` of an FSDP2 group has nothing to do. 2.11 to 2.13."""
     return bool(group.is_unsharded) or group._all_gather_result is not None
@@ -108,6 +119,13 @@ def fsdp_wait_for_gradients(group: Any) -> None:
     """Let what is launched from now on wait for an FSDP2 group's reduced gradients. 2.11 to 2.13."""
     if group._post_reduce_event is not None:
         group.device_handle.current_stream().wait_event(group._post_reduce_event)
+
+
+def fsdp_wait_for_copy_in(group: Any) -> None:
+    """Let what is launched from now on wait until an FSDP2 group's shards have been read by its all-gather. 2.11 to 2.13."""
+    stream = getattr(group.comm_ctx, "all_gather_copy_in_stream", None)
+    if stream is not None:
+        group.device_handle.current_stream().wait_stream(stream)
 
 
 def in_backward() -> bool:

@@ -2,7 +2,6 @@
 
 import pytest
 
-import zoo
 from parity import assert_same_as_single_device
 
 PLANS = [
@@ -13,6 +12,9 @@ PLANS = [
     ("fsdp update=backward clip=two_pass", 2),
     ("single offload=optimizer:nvme={dir}", 1),
     ("fsdp offload=optimizer:nvme={dir}@0.5", 2),
+    ("single offload=params:nvme={dir}", 1),
+    ("fsdp offload=params:nvme={dir}", 2),
+    ("fsdp update=backward clip=two_pass microbatches=2 offload=params:nvme={dir}@0.6,optimizer:nvme={dir}", 2),
 ]
 
 

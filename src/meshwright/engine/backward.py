@@ -1,15 +1,15 @@
 """`update=backward`: each weight is updated as soon as its reduced gradient is whole, and the gradient freed.
 
-The number of items of the global batch is agreed on before the forward (8 bytes over every rank), so gradients have their final scale
-as they come. What an update needs to know of all gradients (the norm to clip by, whether they are finite) comes, by the plan's `clip`:
+The number of items of the global batch is agreed on before the forward (8 bytes over every rank), so gradients have their final
+scale as they come. What an update needs to know of all gradients (the norm, whether they are finite) comes, by the plan's `clip`:
 
 - `exact`: not at all; only without `clip_grad_norm`.
 - `delayed`: from the step before. The first step of an engine that was not resumed is made in two passes.
 - `two_pass`: from a first forward and backward whose gradients are dropped; buffers are put back and the second draws the same
   random numbers, so the numbers are those of `update=step`, for twice the compute.
 
-Non-finite gradients: in two passes they are seen before anything is updated, and `on_nonfinite` means what it always does. In one pass the
-first group of parameters whose gradient is not finite and all that come after it in the backward stay as they were; those before
+Non-finite gradients: in two passes they are seen before anything is updated, and `on_nonfinite` means what it always does. In
+one pass the first group of parameters whose gradient is not finite and all that come after it in the backward stay as they were; those before
 have been updated. `stop` then raises and asks for the last checkpoint, `skip` counts the step as skipped and goes on.
 """
 
@@ -45,7 +45,7 @@ def check_clip(plan: Plan, clip_grad_norm: float | None) -> None:
 
 
 class InBackward:
-    """The steps of an engine under `update=backward`. `last_norm` is the gradient norm of the latest step, None before the first."""
+    """The steps of an engine under `update=backward`. `last_norm` is the gradient norm of the latest one, None before."""
 
     def __init__(self, engine: Engine, optimizer: StoredOptimizer) -> None:
         """Have the buckets and FSDP2's units report to this."""
@@ -143,6 +143,8 @@ class InBackward:
             last = index == len(parts) - 1
             if self.units is not None:
                 self.units.begin(last)
+            if engine._applied.parked is not None:
+                engine._applied.parked.keep = last and not self._measuring
             engine._micro_step(part, int(count), last)
             if self.units is not None:
                 self.units.flush()

@@ -104,9 +104,11 @@ class Engine:
             self.in_backward = InBackward(self, self.bound)
 
     def _bind(self, optimizer: OptimizerFactory) -> BoundOptimizer:
-        if not needs_store(self.plan):
+        if not needs_store(self.plan, self.ranks.device):
             return BoundOptimizer(optimizer, self.table, self.ranks)
-        return StoredOptimizer(optimizer, self.table, self.ranks, self.plan, self._applied.groups(), self.seed)
+        return StoredOptimizer(
+            optimizer, self.table, self.ranks, self.plan, self._applied.groups(), self._applied.parked, self.seed
+        )
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -442,6 +444,8 @@ class Engine:
         """After an exception in mid-step: drop what it left, so that the weights stand as before the step."""
         if self._applied.root is not None:
             _torch.fsdp_reset(self._applied.root)  # type: ignore[arg-type]
+        if self._applied.parked is not None:
+            self._applied.parked.release()
         self._clear()
 
     @contextmanager

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +28,11 @@ from meshwright.engine.optimizer import ELEMENTWISE, BoundOptimizer, OptimizerFa
 from meshwright.errors import ConfigError
 from meshwright.parallel.forms import Form, remainder, stochastic_bf16
 from meshwright.parallel.parameters import Parameter, Stored
+from meshwright.parallel.parked import Parked
 from meshwright.parallel.ranks import Ranks
-from meshwright.parallel.shelf import Place, Shelf, places
+from meshwright.parallel.shelf import Place, Shelf, active, places
 from meshwright.plan import Plan
 from meshwright.plan.memory import slice_elements
-from meshwright.plan.plan import offloads
 
 _FUSED_ON_CPU = (torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _WEIGHT = ""
@@ -39,13 +40,13 @@ _WEIGHT = ""
 _AS_IS = Form("fp32")
 
 
-def needs_store(plan: Plan) -> bool:
+def needs_store(plan: Plan, device: torch.device) -> bool:
     """Return whether a plan keeps optimizer states or masters otherwise than torch does, or updates them a part at a time."""
     return (
         plan.optimizer_state != "fp32"
         or plan.master != "fp32"
         or plan.update == "backward"
-        or any(item.what in ("optimizer", "params") for item in offloads(plan.offload))
+        or any(item.what in ("optimizer", "params") for item in active(plan, device))
     )
 
 
@@ -85,9 +86,17 @@ class StoredOptimizer(BoundOptimizer):
     """
 
     def __init__(
-        self, factory: OptimizerFactory, table: list[Parameter], ranks: Ranks, plan: Plan, groups: Sequence[Sequence[Parameter]], seed: int
+        self,
+        factory: OptimizerFactory,
+        table: list[Parameter],
+        ranks: Ranks,
+        plan: Plan,
+        groups: Sequence[Sequence[Parameter]],
+        parked: Parked | None,
+        seed: int,
     ) -> None:
         """Build the optimizer; `groups` are the entries that are updated together, in the order in which that happens."""
+        self._parked = parked
         super().__init__(factory, table, ranks)
         if type(self.torch) not in ELEMENTWISE:
             raise ConfigError(
@@ -100,12 +109,13 @@ class StoredOptimizer(BoundOptimizer):
         self._group_of = {
             id(parameter): index for index, group in enumerate(self.torch.param_groups) for parameter in group["params"]
         }
+        self._groups = kept
         self._slices = _cut(kept, slice_elements(sum(entry.master.numel() for group in kept for entry in group)))
         self._slices_of: dict[int, list[_Slice]] = {}
         for one in self._slices:
             for piece in one.pieces:
                 self._slices_of.setdefault(id(piece.entry), []).append(one)
-        where = places(offloads(plan.offload), "optimizer", ranks.device, [one.count for one in self._slices])
+        where = places(active(plan, ranks.device), "optimizer", ranks.device, [one.count for one in self._slices])
         self._weights = {id(entry): self._way(entry, where) for group in kept for entry in group}
         self._fields = self._all_fields()
         self.shelf = Shelf([self._lay_out(one) for one in self._slices], where)
@@ -194,10 +204,17 @@ class StoredOptimizer(BoundOptimizer):
     def update(self, entries: Iterable[Parameter]) -> None:
         """Update those of `entries` that have a `gradient`: each of them whole, in one call a step."""
         wanted = {id(entry) for entry in entries if entry.gradient is not None and id(entry) in self._slices_of}
-        chosen = {one.number: one for entry in entries if id(entry) in wanted for one in self._slices_of[id(entry)]}
-        for number in sorted(chosen):
-            self._update_slice(chosen[number], wanted)
+        for group in self._groups:
+            chosen = {one.number: one for entry in group if id(entry) in wanted for one in self._slices_of[id(entry)]}
+            if chosen:
+                with self._awake(group):
+                    for one in chosen.values():
+                        self._update_slice(one, wanted)
         self._started |= wanted
+
+    def _awake(self, entries: Iterable[Parameter], changed: bool = True) -> AbstractContextManager[None]:
+        """Have the weights of `entries` in memory inside."""
+        return nullcontext() if self._parked is None else self._parked.awake(entries, changed)
 
     def _update_slice(self, one: _Slice, wanted: set[int]) -> None:
         memory = self.shelf.take(one.number)
@@ -235,7 +252,9 @@ class StoredOptimizer(BoundOptimizer):
 
     def _kernel(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
         """On the host the fused kernels, unless the user has said which: one pass over memory in place of a dozen."""
-        open_to_choice = "fused" in group and group["fused"] is None and not group.get("foreach") and not group.get("differentiable")
+        open_to_choice = (
+            "fused" in group and group["fused"] is None and not group.get("foreach") and not group.get("differentiable")
+        )
         chosen = open_to_choice and parameter.device.type == "cpu" and type(self.torch) in _FUSED_ON_CPU
         return {"fused": True} if chosen else {}
 
@@ -296,7 +315,9 @@ class StoredOptimizer(BoundOptimizer):
         if piece.last:
             grown = [key for key, value in state.items() if isinstance(value, Tensor) and value.dim()]
             if grown:
-                raise ConfigError(f"the optimizer keeps {grown[0]} now, which it did not when it was made: its settings may not change")
+                raise ConfigError(
+                    f"the optimizer keeps {grown[0]} now, which it did not when it was made: its settings may not change"
+                )
             self.torch.state[piece.entry.master] = state
 
     # For checkpoints and exports
@@ -305,7 +326,9 @@ class StoredOptimizer(BoundOptimizer):
         """Return this rank's states of an entry: small ones as they are, those of its shape as `Stored`; empty before an update."""
         if id(entry) not in self._started:
             return {}
-        return super().states(entry) | {each.key: self._state(entry, each.key) for each in self._fields[id(entry)] if each.key != _WEIGHT}
+        return super().states(entry) | {
+            each.key: self._state(entry, each.key) for each in self._fields[id(entry)] if each.key != _WEIGHT
+        }
 
     def of_its_shape(self, entry: Parameter, key: str, shape: torch.Size) -> bool:
         """Return whether a saved state of this (whole) shape is one that lies on the shelf: of a scalar too."""
@@ -360,17 +383,19 @@ class StoredOptimizer(BoundOptimizer):
     def _get_weight(self, entry: Parameter) -> Tensor:
         if self._weights[id(entry)] == "stored":
             return self._get(entry, _WEIGHT)
-        found = entry.master.detach().to(self._dtype(entry), copy=True)
+        with self._awake([entry], changed=False):
+            found = entry.master.detach().to(self._dtype(entry), copy=True)
         return found.add_(self._get(entry, _WEIGHT)) if self._weights[id(entry)] == "kahan" else found
 
     @torch.no_grad()
     def _put_weight(self, entry: Parameter, value: Tensor) -> None:
-        rows = entry.own_rows(entry.live.detach()) if self._weights[id(entry)] == "stored" else entry.master.detach()
-        rows.copy_(value)
-        if self._weights[id(entry)] == "stored":
-            self._put(entry, _WEIGHT, value)
-        elif self._weights[id(entry)] == "kahan":
-            self._put(entry, _WEIGHT, remainder(value, rows))
+        with self._awake([entry]):
+            rows = entry.own_rows(entry.live.detach()) if self._weights[id(entry)] == "stored" else entry.master.detach()
+            rows.copy_(value)
+            if self._weights[id(entry)] == "stored":
+                self._put(entry, _WEIGHT, value)
+            elif self._weights[id(entry)] == "kahan":
+                self._put(entry, _WEIGHT, remainder(value, rows))
 
     def _absorb(self) -> None:
         """Take the states that torch's optimizer holds (made at once, or loaded into it) onto the shelf."""

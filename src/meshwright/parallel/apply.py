@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from meshwright import _torch
 from meshwright._torch import tensors_of, tree_map_tensors
 from meshwright.blueprint.blocks import block_names
 from meshwright.errors import ModelError, PlanError
@@ -24,9 +25,11 @@ from meshwright.parallel import fsdp, materialise
 from meshwright.parallel.buckets import Buckets
 from meshwright.parallel.disk import check_directory
 from meshwright.parallel.parameters import Parameter, collect, rebind
+from meshwright.parallel.parked import Parked
 from meshwright.parallel.partitioned import Partition, axes
 from meshwright.parallel.pipelined import Pipeline
 from meshwright.parallel.ranks import Ranks, open_homes
+from meshwright.parallel.shelf import active
 from meshwright.plan import Plan
 from meshwright.plan.plan import offloads
 
@@ -54,10 +57,11 @@ class Applied:
     batch_norms: list[Tensor] = field(default_factory=list)
     partition: Partition | None = None
     pipeline: Pipeline | None = None
+    parked: Parked | None = None
 
     def groups(self) -> list[list[Parameter]]:
         """Return the trainable entries that this rank updates together, in the order in which a backward is done with them."""
-        units = [] if self.root is None else fsdp.groups(self.root, self.sharded)
+        units = [] if self.root is None else [entries for _, entries in reversed(fsdp.units(self.root, self.sharded))]
         cut = [] if self.buckets is None else [bucket.entries for bucket in self.buckets.buckets]
         known = {id(entry) for group in (*units, *cut) for entry in group}
         rest = [entry for entry in reversed(self.table) if entry.here and id(entry) not in known]
@@ -100,22 +104,22 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     partition, pipeline = _divide(module, table, plan, ranks, reading, compute_dtype)
     root: fsdp.Root | None = None
     sharded: list[Parameter] = []
-    if plan.dp_shard > 1 and plan.zero == 3 and pipeline is None:
+    parks = any(item.what == "params" for item in active(plan, ranks.device))
+    if plan.zero == 3 and pipeline is None and (plan.dp_shard > 1 or parks):
         if partition is not None:
             partition.as_dtensors(fsdp.shardable(table), ranks)
             rebind(module, table)
         root, sharded = fsdp.shard(module, block_names(module), table, ranks, compute_dtype)
         if partition is not None:
             partition.gathered_in(fsdp.unit_names(root), sharded)
+    parked = Parked(root, sharded, active(plan, ranks.device), ranks) if parks and root is not None else None
     if recording is not None:
-        if pipeline is None:
-            (root or module).to_empty(device=ranks.device)
-            rebind(module, table)
-        else:
-            materialise.allocate(module, table, ranks.device)
-        values.fill(module, table)
+        _allocate(module, table, root, sharded if parked else [], ranks.device, pipelined=pipeline is not None)
+        apart = {id(entry) for entry in sharded}
+        values.fill([entry for entry in table if id(entry) not in apart])
+        values.fill_rest(module)
     if root is not None:
-        fsdp.bind(root, sharded)
+        fsdp.bind(root, sharded, values.fill, parked.park if parked else lambda *_: None)
     left = [entry for entry in table if entry.here and entry.shape.numel() and not any(entry is taken for taken in sharded)]
     buckets = None
     sleeps = pipeline is not None and plan.dp_shard > 1 and plan.zero == 3
@@ -128,7 +132,26 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     forward: Callable[..., object] = module
     if plan.data_parallel and torch.cuda.device_count() > 1:
         forward = nn.DataParallel(module)
-    return Applied(module, forward, table, sharded, root, buckets, _batch_norm_statistics(module, ranks), partition, pipeline)
+    return Applied(
+        module, forward, table, sharded, root, buckets, _batch_norm_statistics(module, ranks), partition, pipeline, parked
+    )
+
+
+def _allocate(
+    module: nn.Module, table: list[Parameter], root: fsdp.Root | None, later: list[Parameter], device: torch.device, pipelined: bool
+) -> None:
+    """Give what is on the meta device memory, but for the shards of `later`, whose values are made unit by unit."""
+    if pipelined:
+        materialise.allocate(module, table, device)
+        return
+    waiting = {name for entry in later for name in entry.names}
+    prefix = "module." if root is not None else ""
+    for name, child in (root or module).named_modules():
+        child.to_empty(device=device, recurse=False)
+        for own, parameter in child.named_parameters(recurse=False):
+            if f"{name}.{own}".removeprefix(prefix) in waiting:
+                _torch.local_of(parameter).untyped_storage().resize_(0)
+    rebind(module, table)
 
 
 def _divide(
@@ -187,10 +210,13 @@ def refuse_unavailable(plan: Plan) -> None:
 def refuse_storage(plan: Plan) -> None:
     """Raise `PlanError` for ways to store states that contradict each other, or that this version does not execute yet."""
     for item in offloads(plan.offload):
-        if item.what != "optimizer":
-            raise PlanError(f"offload={item.what} is not available in this version: offload=optimizer is")
+        if item.what == "activations":
+            raise PlanError("offload=activations is not available in this version: offload=optimizer and offload=params are")
         if item.directory is not None:
             check_directory(item.directory)
+    alone = plan.dp_shard == 1 and plan.degree_product() > 1
+    if any(item.what == "params" for item in offloads(plan.offload)) and (plan.zero != 3 or alone or plan.pp != 1):
+        raise PlanError("offload=params takes parameters that are sharded in units: use dp_shard=N zero=3, or one rank, and pp=1")
     if plan.master != "fp32" and plan.precision != "bf16":
         raise PlanError(f"master={plan.master} keeps bfloat16 weights: add precision=bf16, or leave master out")
     if plan.clip != "exact" and plan.update == "step":
@@ -200,7 +226,9 @@ def refuse_storage(plan: Plan) -> None:
             f"update=backward: a pipeline (pp={plan.pp}) has all gradients before the first is whole: leave update out, or use pp=1"
         )
     if plan.update == "backward" and plan.precision == "fp16" and plan.clip != "two_pass":
-        raise PlanError("update=backward: precision=fp16 looks at all gradients before the first update: use bf16, or clip=two_pass")
+        raise PlanError(
+            "update=backward: precision=fp16 looks at all gradients before the first update: use bf16, or clip=two_pass"
+        )
 
 
 class _Values:
@@ -218,17 +246,23 @@ class _Values:
         # Aliases: `to_empty` gives the module's own tensors other storage.
         self.tensors = {name: tensor.detach() for name, tensor in tensors} if recording else {}
 
-    def fill(self, module: nn.Module, table: list[Parameter]) -> None:
-        """Give every parameter (this rank's rows of it), buffer and tensor attribute its value; one whole tensor at a time."""
-        assert self.recording is not None
-        with torch.no_grad():
-            for entry in table:
-                if not entry.here:
-                    continue
-                target = entry.live.to_local() if isinstance(entry.live, DTensor) else entry.live
-                target.copy_(entry.local(self._value(self.tensors[entry.name])))
-            for name, buffer in module.named_buffers(remove_duplicate=False):
-                buffer.copy_(self._value(self.tensors[name]))
+    @torch.no_grad()
+    def fill(self, entries: list[Parameter]) -> None:
+        """Give parameters (this rank's rows of them) their initial values; one whole tensor at a time."""
+        for entry in entries if self.recording is not None else []:
+            if not entry.here:
+                continue
+            target = _torch.local_of(entry.live) if isinstance(entry.live, DTensor) else entry.live
+            storage, needed = target.untyped_storage(), target.numel() * target.element_size()
+            if storage.nbytes() < needed:
+                storage.resize_(needed)
+            target.copy_(entry.local(self._value(self.tensors[entry.name])))
+
+    @torch.no_grad()
+    def fill_rest(self, module: nn.Module) -> None:
+        """Give every buffer and tensor attribute its value."""
+        for name, buffer in module.named_buffers(remove_duplicate=False):
+            buffer.copy_(self._value(self.tensors[name]))
         for child in module.modules():
             for name, attribute in list(vars(child).items()):
                 if name.startswith("_") or not isinstance(attribute, (Tensor, list, tuple, dict)):

@@ -81,7 +81,8 @@ class Buckets:
     ) -> None:
         """Split the masters of `entries`, cut them into buckets and hook their gradients.
 
-        `small` buckets leave one after the other from the first step on, for updates inside the backward. With `sleeps` (zero=3 of a pipeline) the live parameters have no memory between an update and the next `wake`.
+        `small` buckets leave one after the other from the first step on, for updates inside the backward. With
+        `sleeps` (zero=3 of a pipeline) the live parameters have no memory between an update and the next `wake`.
         """
         self.stage, self.sleeps, self._asleep = stage, sleeps, False
         self._small = small or stage == 2
@@ -95,7 +96,7 @@ class Buckets:
         self.buckets = self._cut([entry for entry in reversed(entries) if entry.trainable and entry.shape.numel()])
         self._carrier = max(self.buckets, key=lambda bucket: bucket.dtype.itemsize)  # of the sums that `begin` takes
         self._carrier.tail += 3
-        # With `update=backward`: what is called with a bucket's entries as soon as their reduced gradients are there, to update them.
+        # With `update=backward`: what updates a bucket's entries as soon as their reduced gradients are there.
         self.ready: Callable[[list[Parameter]], None] | None = None
         self._flying: tuple[_Bucket, Tensor, dist.Work] | None = None
         self.reduced = False  # whether this step's gradients have been summed over the ranks

@@ -15,9 +15,10 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from meshwright import _torch
 from meshwright.errors import ModelError
@@ -64,11 +65,10 @@ def shard(
     a parameter with the world outside it is left to the root, since FSDP2 lets only one unit own a parameter. Every rank must call
     it.
     """
-    assert ranks.mesh is not None
     taken = shardable(table)
     chosen = {id(entry) for entry in taken}
     ignored = {entry.live for entry in table if id(entry) not in chosen}
-    mesh = ranks.mesh["dp_replicate", "dp_shard"] if ranks.group("dp_replicate") is not None else ranks.mesh["dp_shard"]
+    mesh = _mesh(ranks)
     # Inputs are not cast at every unit: autocast does that at each op, so that all plans round at the same places.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=_reduce_dtype(taken), cast_forward_inputs=False)
     for name in _separable(units, taken):
@@ -81,9 +81,19 @@ def shard(
             unit.set_force_sum_reduction_for_comms(True)
     _torch.fsdp_reduce_unused(cast(FSDPModule, root))
     rebind(module, taken)
-    for entry in taken:
-        entry.rows = shard_rows(entry.shape[0], ranks.mesh["dp_shard"].size(), ranks.mesh.get_local_rank("dp_shard"))
+    if ranks.mesh is not None:
+        for entry in taken:
+            entry.rows = shard_rows(entry.shape[0], ranks.mesh["dp_shard"].size(), ranks.mesh.get_local_rank("dp_shard"))
     return root, taken
+
+
+def _mesh(ranks: Ranks) -> DeviceMesh:
+    """The mesh that shards, and replicates on its first axis; for a rank without peers one of itself, whose group stays open."""
+    if ranks.mesh is None:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return DeviceMesh(ranks.device.type, [0], mesh_dim_names=("dp_shard",))
+    return ranks.mesh["dp_replicate", "dp_shard"] if ranks.group("dp_replicate") is not None else ranks.mesh["dp_shard"]
 
 
 def unit_names(root: Root) -> list[str]:
@@ -91,35 +101,38 @@ def unit_names(root: Root) -> list[str]:
     return [name.removeprefix("module.") for name, child in root.named_modules() if name and isinstance(child, FSDPModule)]
 
 
-def bind(root: Root, taken: list[Parameter]) -> None:
+def units(root: Root, taken: list[Parameter]) -> list[tuple[Any, list[Parameter]]]:
+    """Return FSDP2's groups (what is gathered and reduced together) and their entries, in the order of the modules."""
+    by_live = {id(entry.live): entry for entry in taken}
+    return [(group, [by_live[id(sharded)] for sharded in parameters]) for _, group, parameters in _torch.fsdp_groups(root)]
+
+
+def bind(
+    root: Root, taken: list[Parameter], fill: Callable[[list[Parameter]], None], done: Callable[[Any, list[Parameter]], None]
+) -> None:
     """Give the entries their masters (this rank's rows, sharing memory with the DTensors), and learn of each one's use.
 
-    For after the shards have got their memory. `used` is set whenever a backward accumulates into the parameter. Every rank
-    must call it.
+    One unit after the other, inner ones first: `fill` gives its shards their values, `done` gets its group once it is bound. `used`
+    is set whenever a backward accumulates into the parameter. Every rank must call it.
     """
-    for entry in taken:
-        assert isinstance(entry.live, DTensor)
-        entry.master = nn.Parameter(entry.live.to_local().detach(), requires_grad=entry.trainable)
     by_live = {id(entry.live): entry for entry in taken}
-    for sharded, unsharded in _torch.fsdp_unsharded_parameters(root):
-        entry = by_live[id(sharded)]
-        entry.gathered = unsharded
-        if entry.trainable:
-            unsharded.register_post_accumulate_grad_hook(partial(_mark, entry))
-
-
-def groups(root: Root, taken: list[Parameter]) -> list[list[Parameter]]:
-    """Return the entries that FSDP2 gathers and reduces together, in the order in which a backward is done with them."""
-    by_live = {id(entry.live): entry for entry in taken}
-    found = [[by_live[id(sharded)] for sharded in parameters] for _, parameters in _torch.fsdp_groups(root)]
-    return found[::-1]
+    for module, group, parameters in reversed(list(_torch.fsdp_groups(root))):
+        entries = [by_live[id(sharded)] for sharded in parameters]
+        fill(entries)
+        for entry, (_, unsharded) in zip(entries, _torch.fsdp_unsharded_parameters(module), strict=True):
+            local = _torch.local_of(entry.live)  # FSDP2 has padded it by now
+            entry.master = nn.Parameter(local.detach(), requires_grad=entry.trainable)
+            entry.gathered = unsharded
+            if entry.trainable:
+                unsharded.register_post_accumulate_grad_hook(partial(_mark, entry))
+        done(group, entries)
 
 
 class Reduced:
     """Says when a unit's gradients are whole: in the backward after the one that made them, or at `flush`.
 
-    A unit whose module was called several times is whole after as many backwards. Waiting for one more unit lets a device reduce the
-    first while it computes the second.
+    A unit whose module was called several times is whole after as many backwards. Waiting for one more unit lets a device reduce
+    the first while it computes the second.
     """
 
     def __init__(self, root: Root, taken: list[Parameter], ready: Callable[[list[Parameter]], None]) -> None:
@@ -130,10 +143,9 @@ class Reduced:
         self._backwards: list[int] = []
         self._left: list[int] = []
         self._waiting: int | None = None
-        by_live = {id(entry.live): entry for entry in taken}
-        for group, parameters in _torch.fsdp_groups(root):
+        for group, entries in units(root, taken):
             number = len(self._units)
-            self._units.append((group, [by_live[id(sharded)] for sharded in parameters if by_live[id(sharded)].trainable]))
+            self._units.append((group, [entry for entry in entries if entry.trainable]))
             _torch.fsdp_around(group, "pre_forward", partial(self._count, number), lambda: None)
             _torch.fsdp_around(group, "post_backward", lambda: None, partial(self._after, number))
         self.begin(last=False)

@@ -1,8 +1,8 @@
 """Numbered items of bytes that lie in memory, in pinned host memory or on disk, and are used one at a time.
 
-`take` gives an item's bytes as a tensor, `give` puts them back. An item on disk passes through one of a few reused buffers: while one
-is worked on, the next is read and the last is written. What is next is what followed the last time, so the first round is read on
-demand, and a round that takes another order wastes one read.
+`take` gives an item's bytes as a tensor, `give` puts them back. An item on disk passes through one of a few reused buffers: while
+one is worked on, the next is read and the last is written. What is next is what followed the last time, so the first round is read
+on demand, and a round that takes another order wastes one read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from meshwright.errors import PlanError
 from meshwright.parallel.disk import Disk, Slot, Transfer, aligned, rounded
-from meshwright.plan.plan import Offload
+from meshwright.plan import Plan
+from meshwright.plan.plan import Offload, offloads
 
 BUFFERS = 3
 """Buffers of a shelf's largest item: one being read, one at work, one being written."""
@@ -31,6 +32,11 @@ class Place:
     def __str__(self) -> str:
         """Return the plan's word for it."""
         return self.directory or self.device.type
+
+
+def active(plan: Plan, device: torch.device) -> tuple[Offload, ...]:
+    """Return what of a plan's offload moves anything from this device: on a CPU, not what is said to lie in host memory."""
+    return tuple(item for item in offloads(plan.offload) if item.directory is not None or device.type != "cpu")
 
 
 def places(offload: Sequence[Offload], what: str, device: torch.device, sizes: Sequence[int]) -> list[Place]:
