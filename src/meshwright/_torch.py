@@ -99,7 +99,7 @@ def fsdp_around(group: Any, method: str, before: Callable[[], None], after: Call
 
 
 def fsdp_around_gather(group: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
-    """Call `before` before an FSDP2 group reads its shards, and `after` once it has: a group of one rank reads them when it waits."""
+    """Call `before` before an FSDP2 group reads its shards, and `after` once it has (a group of one rank: when it waits)."""
 
     def nothing() -> None:
         pass

@@ -2,8 +2,8 @@
 
 `model.NAME` for parameters (one of its names, in full precision) and persistent buffers; `optimizer.NAME.STATE` for optimizer
 states of the parameter's shape. Sharded tensors appear as DTensors over `dp_shard`; those that tensor parallelism cuts (in segments
-that no DTensor describes, perhaps) are dealt out anew by whole rows over `tp`. What the plan stores in another form or place appears
-as a tensor without memory, which the planners below replace by its values when its turn comes, one tensor at a time.
+that no DTensor describes, perhaps) are dealt out anew by whole rows over `tp`. What the plan stores in another form or place
+appears as a tensor without memory, which the planners below replace by its values when its turn comes, one tensor at a time.
 """
 
 from __future__ import annotations

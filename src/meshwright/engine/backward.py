@@ -9,8 +9,8 @@ scale as they come. What an update needs to know of all gradients (the norm, whe
   random numbers, so the numbers are those of `update=step`, for twice the compute.
 
 Non-finite gradients: in two passes they are seen before anything is updated, and `on_nonfinite` means what it always does. In
-one pass the first group of parameters whose gradient is not finite and all that come after it in the backward stay as they were; those before
-have been updated. `stop` then raises and asks for the last checkpoint, `skip` counts the step as skipped and goes on.
+one pass the first group of parameters whose gradient is not finite and all that come after it in the backward stay as they were;
+those before have been updated. `stop` then raises and asks for the last checkpoint, `skip` counts the step as skipped and goes on.
 """
 
 from __future__ import annotations
@@ -188,6 +188,8 @@ class InBackward:
         share = norm.square_sum(entries, ranks)
         if not divided:
             self._stopped |= not math.isfinite(share.item())
+            for entry in unsure:  # of one rank: what it did not use, nobody did
+                entry.gradient = entry.gradient if entry.used else None
             return share
         flags = [float(entry.used) for entry in unsure]
         mine = torch.tensor([float(not math.isfinite(share.item())), *flags], dtype=torch.float64, device=ranks.device)

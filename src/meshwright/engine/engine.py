@@ -374,7 +374,8 @@ class Engine:
         applied = self._applied
         sums = self._sums
         if applied.buckets is not None:
-            sums = applied.buckets.attach()
+            summed = applied.buckets.attach()
+            sums = summed if applied.root is None else sums  # beside FSDP2 they come below, or are those of the only rank
         elif not applied.sharded:
             for entry in self.table:
                 gradient = entry.live.grad
@@ -384,6 +385,8 @@ class Engine:
         sum_shared(self.table, self.ranks)
         share = norm.square_sum(self.table, self.ranks)
         if applied.pipeline is None and not any(entry.sharded or entry.cut for entry in self.table):
+            for entry in applied.sharded:  # of one rank: what it did not use, nobody did
+                entry.gradient = entry.gradient if entry.used else None
             loss_sum, items = sums.tolist()
             return loss_sum, items, math.sqrt(share.item() * self.ranks.world_size)
         flags = [float(entry.used) for entry in applied.sharded]

@@ -124,7 +124,8 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     buckets = None
     sleeps = pipeline is not None and plan.dp_shard > 1 and plan.zero == 3
     in_backward = plan.update == "backward"
-    if (ranks.group("data") is not None or compute_dtype is not None or in_backward) and any(entry.trainable for entry in left):
+    collects = ranks.group("data") is not None or compute_dtype is not None or in_backward or root is not None
+    if collects and any(entry.trainable for entry in left):
         stage = 0 if plan.dp_shard == 1 else min(plan.zero, 2)
         buckets = Buckets(left, ranks, stage, compute_dtype, sleeps, small=in_backward)
     if partition is not None and not sleeps:

@@ -2,7 +2,8 @@
 
 A unit's shards have memory only while it is gathered (before its forward and its backward) and while it is updated; the units that
 follow are read ahead by the shelf. Under `update=backward` a unit that came for its backward stays until its update, so that a step
-reads every parameter twice and writes it once. Only zero=3 has such units; a run of a single rank gets them from an FSDP2 mesh of one.
+reads every parameter twice and writes it once. Only zero=3 has such units; a run of a single rank gets them from an
+FSDP2 mesh of one.
 """
 
 from __future__ import annotations

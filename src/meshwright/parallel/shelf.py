@@ -82,12 +82,15 @@ class Shelf:
 
     def __init__(self, sizes: Sequence[int], where: Sequence[Place]) -> None:
         """Claim room for items of `sizes` bytes. Raises `PlanError` for a directory that won't do (see `disk.py`)."""
-        self._items = [_Item(size, place) for size, place in zip(sizes, where, strict=True)]
+        # Whole blocks go to the disk from where they are; any other length would be copied first.
+        self._items = [
+            _Item(size if place.directory is None else rounded(size), place) for size, place in zip(sizes, where, strict=True)
+        ]
         self._disks: dict[str, Disk] = {}
         on_disk: dict[str, int] = {}
         for item in self._items:
             if item.place.directory is not None:
-                on_disk[item.place.directory] = on_disk.get(item.place.directory, 0) + rounded(item.nbytes)
+                on_disk[item.place.directory] = on_disk.get(item.place.directory, 0) + item.nbytes
         for directory, needed in on_disk.items():
             self._disks[directory] = Disk(directory, needed)
         largest = 0
@@ -115,7 +118,7 @@ class Shelf:
         return self._items[number].place
 
     def take(self, number: int, fresh: bool = False, learn: bool = True) -> Tensor:
-        """Return an item's bytes [nbytes]; they are the caller's until `give`. `fresh` leaves out the reading."""
+        """Return an item's bytes (perhaps a few more behind them); they are the caller's until `give`. `fresh` leaves out the reading."""
         item = self._items[number]
         if item.kept is not None:
             return item.kept
