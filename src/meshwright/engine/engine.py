@@ -39,6 +39,7 @@ from meshwright.parallel.apply import COMPUTE_DTYPES, Reading, apply, average_ba
 from meshwright.parallel.partitioned import needs_example, sum_parts
 from meshwright.parallel.pipelined import refuse_output, sum_shared
 from meshwright.parallel.ranks import build_ranks
+from meshwright.parallel.weights import Weights
 from meshwright.plan import Plan
 
 
@@ -53,6 +54,7 @@ class Settings:
     on_nonfinite: str
     lr_schedule: Callable[[int], float] | None
     seed: int
+    weights: Weights | None = None
 
 
 class Engine:
@@ -78,7 +80,9 @@ class Engine:
         self.ranks = build_ranks(plan, device)
         self._settings = settings
         needs_example(plan, example_batch)
-        self._applied = apply(model, plan, self.ranks, settings.seed, Reading(self._function, plain(example_batch)))
+        self._applied = apply(
+            model, plan, self.ranks, settings.seed, Reading(self._function, plain(example_batch)), settings.weights
+        )
         self.module = self._applied.module
         self.pipeline = self._applied.pipeline
         self.seed = settings.seed

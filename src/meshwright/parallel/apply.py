@@ -21,7 +21,7 @@ from meshwright import _torch
 from meshwright._torch import tensors_of, tree_map_tensors
 from meshwright.blueprint.blocks import block_names
 from meshwright.errors import ModelError, PlanError
-from meshwright.parallel import fsdp, materialise
+from meshwright.parallel import float8, fsdp, materialise
 from meshwright.parallel.buckets import Buckets
 from meshwright.parallel.disk import check_directory
 from meshwright.parallel.parameters import Parameter, collect, rebind
@@ -30,11 +30,13 @@ from meshwright.parallel.partitioned import Partition, axes
 from meshwright.parallel.pipelined import Pipeline
 from meshwright.parallel.ranks import Ranks, open_homes
 from meshwright.parallel.shelf import active
+from meshwright.parallel.weights import Weights
 from meshwright.plan import Plan
 from meshwright.plan.plan import offloads
 
-COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precision in the plan -> the dtype that matmuls run in; None leaves every tensor in the dtype the model gave it."""
+COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"""Precision in the plan -> the dtype that matmuls run in; None leaves every tensor in the dtype the model gave it. fp8 is what
+linear layers make of bfloat16 for their matmuls."""
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -76,8 +78,17 @@ class Reading:
     example: Any
 
 
-def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, seed: int, reading: Reading) -> Applied:
+def apply(
+    model: nn.Module | Callable[[], nn.Module],
+    plan: Plan,
+    ranks: Ranks,
+    seed: int,
+    reading: Reading,
+    weights: Weights | None = None,
+) -> Applied:
     """Make `model` run under `plan` on `ranks`, in place for a module. Every rank must call it with the same arguments.
+
+    Initial values are those of `weights`, else those that the factory draws from `seed`, else the module's own.
 
     Raises `PlanError` for what this version can't run, `ModelError` for a model that can't be built or initialised.
     """
@@ -89,7 +100,8 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     table = collect(module)
     if not any(entry.trainable for entry in table):
         raise ModelError("the model has no parameter that requires a gradient: there is nothing to train")
-    values = _Values(module, table, recording)
+    values = _Values(module, table, recording, weights)
+    module = float8.convert(module) if plan.precision == "fp8" else module
     compute_dtype = COMPUTE_DTYPES[plan.precision]
     if recording is None:
         module.to(ranks.device)
@@ -115,9 +127,9 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     parked = Parked(root, sharded, active(plan, ranks.device), ranks) if parks and root is not None else None
     if recording is not None:
         _allocate(module, table, root, sharded if parked else [], ranks.device, pipelined=pipeline is not None)
-        apart = {id(entry) for entry in sharded}
-        values.fill([entry for entry in table if id(entry) not in apart])
-        values.fill_rest(module)
+    apart = {id(entry) for entry in sharded}
+    values.fill([entry for entry in table if id(entry) not in apart])
+    values.fill_rest(module)
     if root is not None:
         fsdp.bind(root, sharded, values.fill, parked.park if parked else lambda *_: None)
     left = [entry for entry in table if entry.here and entry.shape.numel() and not any(entry is taken for taken in sharded)]
@@ -204,8 +216,8 @@ def refuse_unavailable(plan: Plan) -> None:
     if plan.sp and plan.tp == 1:
         raise PlanError("sp=on divides activations over the ranks of tp: add tp=N, or leave sp out")
     refuse_storage(plan)
-    if plan.precision not in COMPUTE_DTYPES:
-        raise PlanError(f"precision={plan.precision} is not available in this version: the nearest is precision=bf16")
+    if plan.precision == "fp8":
+        float8.check(plan)
 
 
 def refuse_storage(plan: Plan) -> None:
@@ -235,8 +247,12 @@ def refuse_storage(plan: Plan) -> None:
 class _Values:
     """The initial values of everything in a module that was built on the meta device."""
 
-    def __init__(self, module: nn.Module, table: list[Parameter], recording: materialise.Recording | None) -> None:
-        self.recording = recording
+    def __init__(
+        self, module: nn.Module, table: list[Parameter], recording: materialise.Recording | None, weights: Weights | None
+    ) -> None:
+        self.recording, self.weights = recording, weights
+        if weights is not None:
+            weights.check(table, dict(module.named_buffers(remove_duplicate=False)))
         tensors = [*((entry.name, entry.live) for entry in table), *module.named_buffers(remove_duplicate=False)]
         unknown = [name for name, tensor in tensors if tensor.is_meta and not (recording and recording.knows(tensor))]
         if unknown:
@@ -250,20 +266,28 @@ class _Values:
     @torch.no_grad()
     def fill(self, entries: list[Parameter]) -> None:
         """Give parameters (this rank's rows of them) their initial values; one whole tensor at a time."""
-        for entry in entries if self.recording is not None else []:
-            if not entry.here:
+        for entry in entries:
+            if not entry.here or (self.recording is None and self.weights is None):
                 continue
             target = _torch.local_of(entry.live) if isinstance(entry.live, DTensor) else entry.live
             storage, needed = target.untyped_storage(), target.numel() * target.element_size()
             if storage.nbytes() < needed:
                 storage.resize_(needed)
-            target.copy_(entry.local(self._value(self.tensors[entry.name])))
+            if self.weights is None:
+                target.copy_(entry.local(self._value(self.tensors[entry.name])))
+            elif entry.cut is None:
+                target.copy_(self.weights.read(entry.names, entry.rows))
+            else:
+                target.copy_(entry.local(self.weights.read(entry.names)))
 
     @torch.no_grad()
     def fill_rest(self, module: nn.Module) -> None:
         """Give every buffer and tensor attribute its value."""
         for name, buffer in module.named_buffers(remove_duplicate=False):
-            buffer.copy_(self._value(self.tensors[name]))
+            if self.weights is not None and name in self.weights:
+                buffer.copy_(self.weights.read((name,)))
+            elif self.recording is not None:
+                buffer.copy_(self._value(self.tensors[name]))
         for child in module.modules():
             for name, attribute in list(vars(child).items()):
                 if name.startswith("_") or not isinstance(attribute, (Tensor, list, tuple, dict)):

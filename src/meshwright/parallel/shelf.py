@@ -16,10 +16,8 @@ from torch import Tensor
 from meshwright.errors import PlanError
 from meshwright.parallel.disk import Disk, Slot, Transfer, aligned, rounded
 from meshwright.plan import Plan
+from meshwright.plan.memory import BUFFERS
 from meshwright.plan.plan import Offload, offloads
-
-BUFFERS = 3
-"""Buffers of a shelf's largest item: one being read, one at work, one being written."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class Shelf:
         return self._items[number].place
 
     def take(self, number: int, fresh: bool = False, learn: bool = True) -> Tensor:
-        """Return an item's bytes (perhaps a few more behind them); they are the caller's until `give`. `fresh` leaves out the reading."""
+        """Return an item's bytes (perhaps with more behind them), the caller's until `give`. `fresh` leaves out the reading."""
         item = self._items[number]
         if item.kept is not None:
             return item.kept
