@@ -93,6 +93,8 @@ def under_plan(
         result["losses"].append(metrics.loss)
         result["norms"].append(metrics.grad_norm)
     result["weights"] = engine.full_state_dict()
+    if engine.plan.update == "backward":  # its gradients are gone when a step is over
+        return result if engine.ranks.rank == 0 else {"losses": result["losses"], "norms": result["norms"]}
     by_hand = mw.parallelize(zoo.build(name, dtype), plan, example_batch=example, **keywords)
     batch = share(example, by_hand.data_rank, by_hand.data_ranks)
     if by_hand.pipeline is not None:
@@ -134,7 +136,7 @@ def errors(
         assert rank["losses"] == found[0]["losses"], "ranks disagree on the loss"
         assert rank["norms"] == found[0]["norms"], "ranks disagree on the norm"
     result: dict[str, dict[str, float]] = {"wrong": {}}
-    for key in ("losses", "norms", "gradients", "weights"):
+    for key in ("losses", "norms", "gradients", "weights") if "gradients" in found[0] else ("losses", "norms", "weights"):
         one, other = found[0][key], expected[key]
         if isinstance(other, list):
             one, other = ({"": torch.tensor(values, dtype=torch.float64)} for values in (one, other))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -54,28 +55,85 @@ def default_store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
-def fsdp_unsharded_parameters(root: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Yield (sharded, unsharded) for every FSDP2 parameter below `root`; gathers each unit once, so all ranks must call it.
+def fsdp_unsharded_parameters(module: FSDPModule) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return (sharded, unsharded) for every parameter of an FSDP2 unit, which is gathered once: all ranks must call it.
 
     Autograd accumulates into the unsharded parameter, which FSDP2 does not expose: a hook on it is the only way to learn
     whether this rank's backward used the parameter.
     """
-    for module in root.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        module.unshard()
-        for group in _fsdp_groups(module):
-            for parameter in group.fsdp_params:
-                yield parameter.sharded_param, parameter.unsharded_param
-        module.reshard()
+    module.unshard()
+    found = [
+        (parameter.sharded_param, parameter.unsharded_param) for group in _param_groups(module) for parameter in group.fsdp_params
+    ]
+    module.reshard()
+    return found
 
 
-def _fsdp_groups(module: FSDPModule) -> list[Any]:
-    state: Any = module._get_fsdp_state()
+def _param_groups(module: FSDPModule) -> list[Any]:
+    state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)  # 2.12 and later: several groups a module
     if groups is None:
         groups = [state._fsdp_param_group] if state._fsdp_param_group else []
     return list(groups)
+
+
+def fsdp_groups(root: nn.Module) -> Iterator[tuple[FSDPModule, Any, list[nn.Parameter]]]:
+    """Yield each FSDP2 unit below `root`, its group (what is gathered and reduced together) and the sharded parameters."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            for group in _param_groups(module):
+                yield module, group, [parameter.sharded_param for parameter in group.fsdp_params]
+
+
+def fsdp_around(group: Any, method: str, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Call `before` and `after` around an FSDP2 group's `unshard` or `post_backward`, at this one object.
+
+    FSDP2 has no hook for when it reads a unit's shards, nor for when the unit's gradients have all been reduced. 2.11 to 2.13.
+    """
+    original = getattr(group, method)
+
+    def around(*arguments: Any, **keywords: Any) -> Any:
+        before()
+        result = original(*arguments, **keywords)
+        after()
+        return result
+
+    setattr(group, method, around)
+
+
+def fsdp_around_gather(group: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Call `before` before an FSDP2 group reads its shards, and `after` once it has (a group of one rank: when it waits)."""
+    alone = group._all_gather_process_group.size() == 1
+    fsdp_around(group, "unshard", before, _nothing if alone else after)
+    if alone:
+        fsdp_around(group, "wait_for_unshard", _nothing, after)
+
+
+def _nothing() -> None:
+    pass
+
+
+def fsdp_is_gathered(group: Any) -> bool:
+    """Whether `unshard` of an FSDP2 group has nothing to do. 2.11 to 2.13."""
+    return bool(group.is_unsharded) or group._all_gather_result is not None
+
+
+def fsdp_wait_for_gradients(group: Any) -> None:
+    """Let what is launched from now on wait for an FSDP2 group's reduced gradients. 2.11 to 2.13."""
+    if group._post_reduce_event is not None:
+        group.device_handle.current_stream().wait_event(group._post_reduce_event)
+
+
+def fsdp_wait_for_copy_in(group: Any) -> None:
+    """Let what is launched from now on wait until an FSDP2 group's shards have been read by its all-gather. 2.11 to 2.13."""
+    stream = getattr(group.comm_ctx, "all_gather_copy_in_stream", None)
+    if stream is not None:
+        group.device_handle.current_stream().wait_stream(stream)
+
+
+def in_backward() -> bool:
+    """Whether a backward is running; a forward in it is a recomputation."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -89,20 +147,15 @@ def fsdp_reduce_unused(root: FSDPModule) -> None:
     if setter is not None:
         setter(True)
         return
-    for module in cast(nn.Module, root).modules():
-        for group in _fsdp_groups(module) if isinstance(module, FSDPModule) else []:
-            group.post_backward = _after_zeros(group, group.post_backward)
+    for _, group, _ in fsdp_groups(cast(nn.Module, root)):
+        fsdp_around(group, "post_backward", partial(_add_zeros, group), _nothing)
 
 
-def _after_zeros(group: Any, post_backward: Callable[..., None]) -> Callable[..., None]:
-    def with_zeros(*unused: Any) -> None:
-        for parameter in group.fsdp_params:
-            whole = getattr(parameter, "_unsharded_param", None)
-            if whole is not None and whole.requires_grad and whole.grad is None and parameter.unsharded_accumulated_grad is None:
-                whole.grad = torch.zeros_like(whole)
-        post_backward(*unused)
-
-    return with_zeros
+def _add_zeros(group: Any) -> None:
+    for parameter in group.fsdp_params:
+        whole = getattr(parameter, "_unsharded_param", None)
+        if whole is not None and whole.requires_grad and whole.grad is None and parameter.unsharded_accumulated_grad is None:
+            whole.grad = torch.zeros_like(whole)
 
 
 def fsdp_reset(root: FSDPModule) -> None:

@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,6 +125,51 @@ def test_live_bytes_match_the_formula(text: str, world_size: int) -> None:
         assert found["between"] == pytest.approx(expected.between_steps, rel=0.02)
         assert found["after"] == pytest.approx(expected.between_steps, rel=0.02)
         assert found["peak"] == pytest.approx(expected.peak, rel=0.02)
+
+
+STORED = [
+    ("single optimizer_state=bf16", 1),
+    ("zero1 optimizer_state=int8", 2),
+    ("zero2 optimizer_state=bf16 microbatches=2", 2),
+    ("zero3 optimizer_state=int8", 2),
+    ("single precision=bf16 master=kahan", 1),
+    ("ddp precision=bf16 master=stochastic optimizer_state=int8", 2),
+    ("zero1 precision=bf16 master=kahan optimizer_state=bf16", 2),
+    ("zero2 precision=bf16 master=kahan", 2),
+    ("zero3 precision=bf16 master=stochastic", 2),
+    ("zero3 precision=bf16 master=kahan optimizer_state=bf16", 2),
+    ("single offload=optimizer:cpu", 1),  # on a CPU it is there already
+    ("single offload=optimizer:nvme={dir}", 1),
+    ("zero1 offload=optimizer:nvme={dir}@0.5", 2),
+    ("ddp precision=bf16 offload=optimizer:nvme={dir}", 2),
+    ("zero2 precision=bf16 offload=optimizer:nvme={dir}", 2),
+    ("zero3 precision=bf16 master=kahan offload=optimizer:nvme={dir}", 2),
+    ("single offload=params:nvme={dir}", 1),
+    ("zero3 offload=params:nvme={dir}", 2),
+    ("zero3 offload=params:nvme={dir}@0.5,optimizer:nvme={dir}", 2),
+]
+
+
+@pytest.mark.parametrize(("text", "world_size"), STORED)
+def test_live_bytes_of_stored_states_match_the_formula(text: str, world_size: int, tmp_path: Path) -> None:
+    for found in ranks.run(world_size, measure, text.format(dir=tmp_path)):
+        plan, layer = Plan(**found["plan"]), 192 * 192 + 192
+        expected = state_bytes(plan, found["parameters"], largest_unit=layer, on_host=True)
+        awake = 4 * layer / world_size if "params" in plan.offload else 0  # the unit whose slice is being updated
+        reading = (1 if "int8" in text else 0) * 8 * 2**14
+        assert found["between"] == pytest.approx(expected.between_steps, rel=0.03)
+        assert found["after"] == pytest.approx(expected.between_steps, rel=0.03)
+        assert found["peak"] == pytest.approx(expected.peak + awake + reading, rel=0.03)
+
+
+@pytest.mark.parametrize("text", ["ddp", "zero1", "zero2", "zero3", "zero3 offload=optimizer:nvme={dir},params:nvme={dir}"])
+def test_gradients_are_gone_as_soon_as_they_are_used(text: str, tmp_path: Path) -> None:
+    plan = text.format(dir=tmp_path) + " update=backward"
+    layer = 4 * (192 * 192 + 192)
+    for highest, parameters, bucket in ranks.run(2, highest_during_backward, plan):
+        resolved = Plan.parse(plan, 2)
+        formula = state_bytes(resolved, parameters, largest_unit=layer // 4, on_host=True).peak
+        assert highest <= formula * 1.03 + 2.5 * bucket + 8 * layer  # two buckets and a part, or the units at work
 
 
 @only_what_is_new()

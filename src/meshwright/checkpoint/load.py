@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from meshwright.checkpoint.folders import STATE
-from meshwright.checkpoint.tensors import Recut, empty_optimizer_states, model_shapes, model_tensors
+from meshwright.checkpoint.tensors import LoadPlanner, Recut, empty_optimizer_states, model_shapes, model_tensors
 from meshwright.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -36,14 +36,14 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # torch warns that a single process loads alone
-            dcp.load(tensors, storage_reader=reader, no_dist=engine.ranks.mesh is None)
+            dcp.load(tensors, storage_reader=reader, planner=LoadPlanner(recut.stored), no_dist=engine.ranks.mesh is None)
             recut.put_back()
     except (OSError, RuntimeError, ValueError, dcp.CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(f"{path} is damaged, and this engine's state is now undefined: {reason}") from error
     if with_optimizer:
         _restore_groups(engine, state["optimizer"]["groups"])
-    engine.adopt(state["steps"], state["loss_scale"])
+    engine.adopt(state["steps"], state["loss_scale"], state.get("last_norm"))
     extra = state["extra"]
     assert isinstance(extra, dict)
     return extra

@@ -19,8 +19,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from meshwright.checkpoint.folders import STATE
-from meshwright.checkpoint.tensors import Recut, model_tensors, optimizer_tensors
+from meshwright.checkpoint.tensors import Recut, SavePlanner, model_tensors, optimizer_tensors
 from meshwright.errors import CheckpointError
+from meshwright.parallel.parameters import Stored
 
 _NUMBERS = "numbers"
 
@@ -37,7 +38,7 @@ def save(engine: Engine, path: Path, extra: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial") if path.name else path
     problem = ""
     try:
-        tensors, state = _contents(engine, extra)
+        tensors, stored, state = _contents(engine, extra)
         if engine.ranks.rank == 0:
             _make_room(path, partial)
     except (OSError, TypeError, ValueError) as error:
@@ -47,7 +48,7 @@ def save(engine: Engine, path: Path, extra: dict[str, Any]) -> None:
         writer = dcp.FileSystemWriter(partial / "tensors", sync_files=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that a single process saves alone
-            dcp.save(tensors, storage_writer=writer, no_dist=engine.ranks.mesh is None)
+            dcp.save(tensors, storage_writer=writer, planner=SavePlanner(stored), no_dist=engine.ranks.mesh is None)
         (partial / f"{_NUMBERS}-{engine.ranks.rank}.json").write_text(json.dumps(state.pop("numbers")))
     except (OSError, dcp.CheckpointException) as error:
         problem = str(error).splitlines()[0]
@@ -60,8 +61,10 @@ def save(engine: Engine, path: Path, extra: dict[str, Any]) -> None:
     _agree(engine, path, problem)
 
 
-def _contents(engine: Engine, extra: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors, and everything else as JSON values. Raises `TypeError` for what JSON can't hold."""
+def _contents(engine: Engine, extra: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Stored], dict[str, Any]]:
+    """Return the tensors, those of them that are to be made when they are written, and everything else as JSON values.
+
+    Raises `TypeError` for what JSON can't hold."""
     recut = Recut(engine)
     tensors, numbers = optimizer_tensors(engine, recut)
     tensors |= model_tensors(engine, recut, to_save=True)
@@ -71,6 +74,7 @@ def _contents(engine: Engine, extra: dict[str, Any]) -> tuple[dict[str, Tensor],
         "format": "meshwright-dcp-1",
         "plan": str(engine.plan),
         "steps": engine.steps,
+        "last_norm": engine.in_backward.last_norm if engine.in_backward else None,
         "loss_scale": {"value": scale.value, "good_steps": scale.good_steps, "dynamic": scale.dynamic},
         "names": {entry.name: list(entry.names) for entry in engine.table},
         "optimizer": {"class": type(engine.optimizer).__name__ if engine.bound else None, "groups": groups},
@@ -80,7 +84,7 @@ def _contents(engine: Engine, extra: dict[str, Any]) -> tuple[dict[str, Tensor],
     # A learning rate may be a tensor; it is a number here.
     text = json.dumps(state, default=lambda value: value.item() if isinstance(value, Tensor) else json.JSONEncoder().default(value))
     loaded: dict[str, Any] = json.loads(text)
-    return tensors, loaded
+    return tensors, recut.stored, loaded
 
 
 def _make_room(path: Path, partial: Path) -> None:

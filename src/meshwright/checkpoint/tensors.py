@@ -2,7 +2,8 @@
 
 `model.NAME` for parameters (one of its names, in full precision) and persistent buffers; `optimizer.NAME.STATE` for optimizer
 states of the parameter's shape. Sharded tensors appear as DTensors over `dp_shard`; those that tensor parallelism cuts (in segments
-that no DTensor describes, perhaps) are dealt out anew by whole rows over `tp`.
+that no DTensor describes, perhaps) are dealt out anew by whole rows over `tp`. What the plan stores in another form or place
+appears as a tensor without memory, which the planners below replace by its values when its turn comes, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -11,26 +12,77 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.tensor import DTensor, Shard
 
 from meshwright.engine.optimizer import as_dtensor
 from meshwright.engine.state import gather_rows
-from meshwright.parallel.parameters import Parameter, shard_rows
+from meshwright.parallel.parameters import Parameter, Stored, shard_rows
 
 if TYPE_CHECKING:
     from meshwright.engine.engine import Engine
 
 
+class SavePlanner(DefaultSavePlanner):
+    """Makes a stored tensor when it is written."""
+
+    def __init__(self, stored: dict[str, Stored]) -> None:
+        super().__init__()
+        self._stored = stored
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """Return the object that is to be written."""
+        stored = self._stored.get(index.fqn)
+        return super().lookup_object(index) if stored is None else stored.get().cpu()
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    """Reads into a stored tensor's values, and puts them back after each of its parts."""
+
+    def __init__(self, stored: dict[str, Stored]) -> None:
+        super().__init__()
+        self._stored = stored
+        self._name, self._values = "", torch.empty(0)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Return the tensor that is to be read into."""
+        if index.fqn not in self._stored:
+            return super().lookup_tensor(index)
+        if index.fqn != self._name:
+            self._name, self._values = index.fqn, self._stored[index.fqn].get()
+        return self._values
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Take note that a part of a tensor has been read."""
+        if read_item.dest_index.fqn in self._stored:
+            self._stored[read_item.dest_index.fqn].put(self._values)
+
+
 class Recut:
-    """Tensors of cut parameters as rows over `tp`: copies, to be put back after they have been loaded into."""
+    """Tensors of cut parameters as rows over `tp`: copies, to be put back after they have been loaded into.
+
+    `stored` collects, by name, what the planners are to make or to put back.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._pending: list[tuple[Parameter, Tensor, DTensor]] = []
+        self.stored: dict[str, Stored] = {}
+        self._pending: list[tuple[Parameter, Tensor | Stored, DTensor]] = []
 
-    def rows(self, entry: Parameter, local: Tensor) -> Tensor:
+    def logical(self, entry: Parameter, local: Tensor | Stored, name: str) -> Tensor:
+        """Return a tensor of which this rank holds `local` as what a checkpoint calls `name`; every rank must call it."""
+        if entry.cut is not None:
+            return self.rows(entry, local)
+        if isinstance(local, Stored):
+            self.stored[name] = local
+            local = torch.zeros((), dtype=local.dtype).expand(local.shape)
+        return as_dtensor(local, entry, self.engine.ranks) if entry.sharded else local
+
+    def rows(self, entry: Parameter, local: Tensor | Stored) -> Tensor:
         """Return this rank's rows of the whole tensor of which it holds `local`; every rank must call it."""
-        whole = gather_rows(entry, local, self.engine.ranks)
+        whole = gather_rows(entry, local.get() if isinstance(local, Stored) else local, self.engine.ranks)
         if not whole.dim():
             return whole
         ranks = self.engine.ranks
@@ -44,7 +96,11 @@ class Recut:
     def put_back(self) -> None:
         """Copy what was loaded to this rank's parts; every rank must call it."""
         for entry, local, made in self._pending:
-            local.copy_(entry.local(made.full_tensor()))
+            part = entry.local(made.full_tensor())
+            if isinstance(local, Stored):
+                local.put(part)
+            else:
+                local.copy_(part)
 
 
 def model_tensors(engine: Engine, recut: Recut, to_save: bool = False) -> dict[str, Tensor]:
@@ -59,7 +115,8 @@ def model_tensors(engine: Engine, recut: Recut, to_save: bool = False) -> dict[s
     tensors: dict[str, Tensor] = {}
     for entry in engine.table:
         if entry.here and not (to_save and entry.homes[0] != mine):
-            tensors[f"model.{entry.name}"] = _logical(engine, entry, entry.master.detach(), recut)
+            name = f"model.{entry.name}"
+            tensors[name] = recut.logical(entry, entry.stored or entry.master.detach(), name)
     for name, value in engine.module.state_dict(keep_vars=True).items():
         if name not in names and isinstance(value, Tensor) and not (to_save and homes.get(name, 0) != mine):
             tensors[f"model.{name}"] = value.detach()
@@ -76,24 +133,18 @@ def model_shapes(engine: Engine) -> dict[str, torch.Size]:
     return shapes
 
 
-def _logical(engine: Engine, entry: Parameter, local: Tensor, recut: Recut) -> Tensor:
-    if entry.cut is not None:
-        return recut.rows(entry, local)
-    return as_dtensor(local, entry, engine.ranks) if entry.sharded else local
-
-
 def optimizer_tensors(engine: Engine, recut: Recut) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return this rank's optimizer states: tensors by `optimizer.NAME.STATE`, and plain numbers by the same names."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for entry in engine.bound.entries if engine.bound else []:
         assert engine.bound is not None
-        parameter = engine.bound.of(entry)
-        state = {} if parameter is None else engine.bound.torch.state.get(parameter, {})
-        for key, value in state.items():
+        for key, value in engine.bound.states(entry).items():
             name = f"optimizer.{entry.name}.{key}"
-            if isinstance(value, Tensor):
-                tensors[name] = _logical(engine, entry, value, recut) if _in_parts(engine, entry, value.shape) else value
+            if isinstance(value, Stored) or (isinstance(value, Tensor) and _in_parts(engine, entry, value.shape)):
+                tensors[name] = recut.logical(entry, value, name)
+            elif isinstance(value, Tensor):
+                tensors[name] = value
             else:
                 numbers[name] = value
     return tensors, numbers
@@ -118,28 +169,35 @@ def empty_optimizer_states(
     `saved` is name -> (whole shape, dtype), `numbers` name -> value. A state of its parameter's shape is laid out as this plan
     lays out the parameter's update; any other is whole.
     """
-    assert engine.bound is not None
+    bound = engine.bound
+    assert bound is not None
     by_parameter: dict[str, list[str]] = {}
     for name in (*saved, *numbers):
         if name.startswith("optimizer."):
             by_parameter.setdefault(name.rpartition(".")[0], []).append(name)
     tensors: dict[str, Tensor] = {}
-    for entry in engine.bound.entries:
-        parameter = engine.bound.of(entry)
+    for entry in bound.entries:
+        parameter = bound.of(entry)
         if parameter is None:
             continue
-        engine.bound.torch.state.pop(parameter, None)
-        for name in by_parameter.get(f"optimizer.{entry.name}", ()):
-            state, key = engine.bound.torch.state[parameter], name.rpartition(".")[2]
+        bound.forget(entry)
+        small: dict[str, Any] = {}
+        names = by_parameter.get(f"optimizer.{entry.name}", ())
+        for name in names:
+            key = name.rpartition(".")[2]
             if name in numbers:
-                state[key] = numbers[name]
+                small[key] = numbers[name]
                 continue
             shape, dtype = saved[name]
-            if (entry.sharded or entry.cut) and not engine.bound.whole(entry) and shape == entry.whole and shape:
-                state[key] = torch.zeros_like(entry.master.detach(), dtype=dtype)
-                tensors[name] = _logical(engine, entry, state[key], recut)
+            if bound.of_its_shape(entry, key, shape):
+                value = bound.empty_state(entry, key, dtype)
+                tensors[name] = recut.logical(entry, value, name)
+                if isinstance(value, Tensor):
+                    small[key] = value
             else:
-                state[key] = tensors[name] = torch.zeros(shape, dtype=dtype, device=_device_of(engine, entry, shape))
+                small[key] = tensors[name] = torch.zeros(shape, dtype=dtype, device=_device_of(engine, entry, shape))
+        if names:
+            bound.begin(entry, small)
     return tensors
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from meshwright import _torch
 from meshwright.engine import norm, state
+from meshwright.engine.backward import InBackward, refuse_by_hand
 from meshwright.engine.batch import caller, plain, rows, scalar, split, to_device
 from meshwright.engine.flow import flow, loss_without_backward, output_without_backward
 from meshwright.engine.ledger import Ledger
@@ -31,12 +32,14 @@ from meshwright.engine.metrics import Metrics
 from meshwright.engine.optimizer import BoundOptimizer, OptimizerFactory
 from meshwright.engine.precision import LossScale, autocast, dtype_contract, match_norm_inputs
 from meshwright.engine.randomness import seeded
+from meshwright.engine.stored import StoredOptimizer, needs_store
 from meshwright.errors import ConfigError, DataError, TrainingError
 from meshwright.parallel import fsdp
 from meshwright.parallel.apply import COMPUTE_DTYPES, Reading, apply, average_batch_norms
 from meshwright.parallel.partitioned import needs_example, sum_parts
 from meshwright.parallel.pipelined import refuse_output, refuse_short, sum_shared
 from meshwright.parallel.ranks import build_ranks
+from meshwright.parallel.weights import Weights
 from meshwright.plan import Plan
 
 
@@ -51,6 +54,7 @@ class Settings:
     on_nonfinite: str
     lr_schedule: Callable[[int], float] | None
     seed: int
+    weights: Weights | None = None
 
 
 class Engine:
@@ -76,13 +80,15 @@ class Engine:
         self.ranks = build_ranks(plan, device)
         self._settings = settings
         needs_example(plan, example_batch)
-        self._applied = apply(model, plan, self.ranks, settings.seed, Reading(self._function, plain(example_batch)))
+        self._applied = apply(
+            model, plan, self.ranks, settings.seed, Reading(self._function, plain(example_batch)), settings.weights
+        )
         self.module = self._applied.module
         self.pipeline = self._applied.pipeline
         self.seed = settings.seed
         self.table = self._applied.table
-        self.bound = BoundOptimizer(optimizer, self.table, self.ranks) if optimizer else None
-        self.dtypes = dtype_contract(plan.precision, self.table)
+        self.bound = self._bind(optimizer) if optimizer else None
+        self.dtypes = dtype_contract(plan, self.table)
         self.data_rank, self.data_ranks = self.ranks.data_rank, self.ranks.data_ranks
         self.steps = 0
         self.loss_scale = LossScale.of(plan.precision)
@@ -97,6 +103,16 @@ class Engine:
         self._uncounted: int | None = None  # by hand: the items of the calls that no backward has followed yet
         self._without_items: list[Tensor] = []
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        self.in_backward: InBackward | None = None
+        if plan.update == "backward" and isinstance(self.bound, StoredOptimizer):
+            self.in_backward = InBackward(self, self.bound)
+
+    def _bind(self, optimizer: OptimizerFactory) -> BoundOptimizer:
+        if not needs_store(self.plan, self.ranks.device):
+            return BoundOptimizer(optimizer, self.table, self.ranks)
+        return StoredOptimizer(
+            optimizer, self.table, self.ranks, self.plan, self._applied.groups(), self._applied.parked, self.seed
+        )
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -130,6 +146,9 @@ class Engine:
             parts = split(plain(batch), self.plan.microbatches)
             counts = [self._settings.count_fn(part) if part is not None else 0 for part in parts]
             self._expect(sum(counts), rows(plain(batch)) if self.pipeline is not None else 0)
+            optimizer.now = self.steps
+            if self.in_backward is not None:
+                return self.in_backward.step(parts, counts)
             if self.pipeline is not None:
                 self._flow(parts, counts, last=True)
                 return self._update(optimizer)
@@ -226,6 +245,7 @@ class Engine:
         if not torch.is_grad_enabled():
             return self._without_backward(self._output_of, batch)
         refuse_output(self.plan)
+        refuse_by_hand(self.plan)
         buckets = self._applied.buckets
         if (buckets is not None and buckets.reduced) or any(entry.summed is not None for entry in self.table):
             raise ConfigError("full_gradients() has summed this step's gradients over the ranks: call optimizer_step() before more")
@@ -279,7 +299,9 @@ class Engine:
         """Reduce what is left to reduce, clip, update, and free the gradients; every rank must call it."""
         try:
             self._reduce_rest()
-            return self._update(self._optimizer())
+            optimizer = self._optimizer()
+            optimizer.now = self.steps
+            return self._update(optimizer)
         except BaseException:
             self._abandon()
             raise
@@ -364,7 +386,8 @@ class Engine:
         applied = self._applied
         sums = self._sums
         if applied.buckets is not None:
-            sums = applied.buckets.attach()
+            summed = applied.buckets.attach()
+            sums = summed if applied.root is None else sums  # beside FSDP2 they come below, or are those of the only rank
         elif not applied.sharded:
             for entry in self.table:
                 gradient = entry.live.grad
@@ -374,6 +397,8 @@ class Engine:
         sum_shared(self.table, self.ranks)
         share = norm.square_sum(self.table, self.ranks)
         if applied.pipeline is None and not any(entry.sharded or entry.cut for entry in self.table):
+            for entry in applied.sharded:  # of one rank: what it did not use, nobody did
+                entry.gradient = entry.gradient if entry.used else None
             loss_sum, items = sums.tolist()
             return loss_sum, items, math.sqrt(share.item() * self.ranks.world_size)
         flags = [float(entry.used) for entry in applied.sharded]
@@ -434,6 +459,8 @@ class Engine:
         """After an exception in mid-step: drop what it left, so that the weights stand as before the step."""
         if self._applied.root is not None:
             _torch.fsdp_reset(self._applied.root)  # type: ignore[arg-type]
+        if self._applied.parked is not None:
+            self._applied.parked.release()
         self._clear()
 
     @contextmanager
@@ -540,9 +567,11 @@ class Engine:
         self._enter_call()
         save(self, Path(path), extra or {})
 
-    def adopt(self, steps: int, loss_scale: dict[str, float]) -> None:
+    def adopt(self, steps: int, loss_scale: dict[str, float], last_norm: float | None) -> None:
         """Go on from another run's position: what a checkpoint holds beside tensors."""
         self.steps = steps
+        if self.in_backward is not None:
+            self.in_backward.last_norm = last_norm
         if self.loss_scale.dynamic and loss_scale["dynamic"]:  # another precision's scale says nothing about this one's
             self.loss_scale.value, self.loss_scale.good_steps = loss_scale["value"], int(loss_scale["good_steps"])
         if self._applied.buckets is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from meshwright.engine.backward import check_clip
 from meshwright.engine.batch import caller, rows
 from meshwright.engine.engine import Engine, Settings
 from meshwright.engine.optimizer import OptimizerFactory
@@ -19,6 +21,7 @@ from meshwright.errors import ConfigError, ModelError
 from meshwright.parallel.apply import refuse_unavailable
 from meshwright.parallel.auto import choose_here, is_auto
 from meshwright.parallel.ranks import connect
+from meshwright.parallel.weights import Weights
 from meshwright.plan import Plan
 
 
@@ -34,6 +37,7 @@ def parallelize(
     clip_grad_norm: float | None = None,
     on_nonfinite: Literal["stop", "skip"] = "stop",
     lr_schedule: Callable[[int], float] | None = None,
+    weights: str | Path | None = None,
     seed: int = 0,
     device: torch.device | None = None,
 ) -> Engine:
@@ -52,6 +56,8 @@ def parallelize(
         rank that has seen no batch yet computes on it, to keep its peers company.
     clip_grad_norm: the largest gradient norm that an update may use.
     on_nonfinite: `stop` raises `TrainingError` on every rank, `skip` leaves the weights as they were; both before the update.
+    weights: initial values from a safetensors file, or from a directory with one or several (and their `*.index.json`): every
+        parameter by one of its names, each rank reading its own rows.
     lr_schedule: `lr_schedule(step)` is what the learning rates are multiplied by in optimizer step 0, 1, ...
 
     Raises `PlanError`, `ModelError` or `ConfigError` in one sentence, before anything is allocated where it can be known.
@@ -63,10 +69,12 @@ def parallelize(
     _check_model(model)
     parsed = Plan.parse(plan) if isinstance(plan, str) else plan
     refuse_unavailable(parsed)
+    check_clip(parsed, clip_grad_norm)
     connect()
     if isinstance(plan, str) and is_auto(plan):
         parsed = choose_here(model, plan, example_batch, loss_fn, partial(_reading, loss_fn=loss_fn, forward_fn=forward_fn))
     parsed = parsed.resolve(dist.get_world_size() if dist.is_initialized() else 1)
+    opened = None if weights is None else Weights(Path(weights))
     settings = Settings(
         loss_fn=loss_fn,
         count_fn=count_fn or getattr(loss_fn, "count", None) or rows,
@@ -75,6 +83,7 @@ def parallelize(
         on_nonfinite=on_nonfinite,
         lr_schedule=lr_schedule,
         seed=seed,
+        weights=opened,
     )
     return Engine(model, parsed, optimizer, settings, example_batch, device)
 

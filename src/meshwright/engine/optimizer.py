@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from meshwright.errors import ConfigError
-from meshwright.parallel.parameters import Parameter
+from meshwright.parallel.parameters import Parameter, Stored
 from meshwright.parallel.ranks import Ranks
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 # Updates of these read nothing but the element itself, its gradient and its states, so rows can be updated apart.
-_ELEMENTWISE = (
+ELEMENTWISE = (
     torch.optim.Adadelta,
     torch.optim.Adagrad,
     torch.optim.Adam,
@@ -45,8 +45,10 @@ class BoundOptimizer:
 
     `torch` is the optimizer itself (for torch's learning-rate schedulers and inspection), `entries` are those of the parameter
     table that it updates on any rank, in the order of its groups. `of` gives the tensor that this rank's optimizer holds for an
-    entry, None where another rank owns it.
+    entry, None where another rank owns it. `now` is the number of the step that the next update belongs to.
     """
+
+    now = 0
 
     def __init__(self, factory: OptimizerFactory, table: list[Parameter], ranks: Ranks) -> None:
         """Call `factory` and re-bind its groups. Raises `ConfigError` for an optimizer that can't be used."""
@@ -59,7 +61,7 @@ class BoundOptimizer:
             raise ConfigError(
                 f"{type(self.torch).__name__} needs to evaluate the loss again in its step: use AdamW, SGD or another"
             )
-        elementwise = type(self.torch) in _ELEMENTWISE
+        elementwise = type(self.torch) in ELEMENTWISE
         cut = next((entry.name for entry in trainable if entry.cut is not None), None)
         if not elementwise and cut is not None:
             raise ConfigError(
@@ -78,6 +80,27 @@ class BoundOptimizer:
     def of(self, entry: Parameter) -> nn.Parameter | None:
         """Return the tensor that this rank's optimizer updates for `entry`, None if it updates none."""
         return self._updated.get(id(entry))
+
+    def states(self, entry: Parameter) -> dict[str, Any]:
+        """Return what this rank keeps of an entry between updates, by torch's names: tensors (perhaps `Stored`) and numbers."""
+        parameter = self.of(entry)
+        return {} if parameter is None else dict(self.torch.state.get(parameter, {}))
+
+    def of_its_shape(self, entry: Parameter, key: str, shape: torch.Size) -> bool:
+        """Return whether a saved state of this (whole) shape is laid out as the entry is."""
+        return bool(shape) and shape == entry.whole and not self.whole(entry)
+
+    def empty_state(self, entry: Parameter, key: str, dtype: torch.dtype) -> Tensor | Stored:
+        """Return a state of an entry's shape, for values to be put into before `begin` is given it."""
+        return torch.zeros_like(entry.master.detach(), dtype=dtype)
+
+    def begin(self, entry: Parameter, state: dict[str, Any]) -> None:
+        """Give an entry states that it is to go on from (all that are not `Stored`)."""
+        self.torch.state[self._updated[id(entry)]] = state
+
+    def forget(self, entry: Parameter) -> None:
+        """Drop an entry's states."""
+        self.torch.state.pop(self._updated[id(entry)], None)
 
     def whole(self, entry: Parameter) -> bool:
         """Return whether one rank updates the whole of a sharded entry."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from meshwright.parallel.apply import COMPUTE_DTYPES
 from meshwright.parallel.parameters import Parameter
+from meshwright.plan import Plan
 
 _NORMS = (
     nn.LayerNorm,
@@ -43,10 +44,12 @@ class DtypeContract:
         return f"storage {self.storage}, compute {self.compute}, reduce {self.reduce}, optimizer {self.optimizer}"
 
 
-def dtype_contract(precision: str, table: list[Parameter]) -> DtypeContract:
-    """Return the contract of a plan's precision for this model; several dtypes in a model are listed with `+`."""
+def dtype_contract(plan: Plan, table: list[Parameter]) -> DtypeContract:
+    """Return the contract of a plan for this model; several dtypes in a model are listed with `+`."""
     trainable = [entry for entry in table if entry.trainable]
-    compute = COMPUTE_DTYPES[precision]
+    compute = COMPUTE_DTYPES[plan.precision]
+
+    kept = {"fp32": None, "bf16": "bfloat16", "int8": "int8 by blocks"}[plan.optimizer_state]
 
     def names(dtypes: list[torch.dtype]) -> str:
         return "+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -55,7 +58,7 @@ def dtype_contract(precision: str, table: list[Parameter]) -> DtypeContract:
         storage=names([entry.master.dtype for entry in trainable]),
         compute=names([compute if compute and e.dtype.is_floating_point else e.dtype for e in trainable]),
         reduce=names([torch.promote_types(entry.dtype, torch.float32) for entry in trainable]),
-        optimizer=names([entry.master.dtype for entry in trainable]),
+        optimizer=names([entry.dtype for entry in trainable]) if kept is None else kept,
     )
 
 

@@ -92,7 +92,7 @@ def full_state_dict(engine: Engine) -> dict[str, Tensor]:
             elif id(entry) in done:
                 whole = done[id(entry)]
             else:
-                gathered = _gathered(entry, entry.master.detach(), engine.ranks)
+                gathered = _gathered(entry, entry.value() if entry.here else None, engine.ranks)
                 whole = done[id(entry)] = gathered.to("cpu", copy=True) if first else torch.empty(0)
             if first:
                 result[name] = whole

@@ -17,22 +17,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from meshwright import _torch
 from meshwright._torch import tensors_of, tree_map_tensors
 from meshwright.blueprint.blocks import block_names
 from meshwright.errors import ModelError, PlanError
-from meshwright.parallel import fsdp, materialise
+from meshwright.parallel import float8, fsdp, materialise
 from meshwright.parallel.activations import Activations
 from meshwright.parallel.buckets import Buckets
+from meshwright.parallel.disk import check_directory
 from meshwright.parallel.parameters import Parameter, collect, rebind
+from meshwright.parallel.parked import Parked
 from meshwright.parallel.partitioned import Partition, axes
 from meshwright.parallel.pipelined import Pipeline
 from meshwright.parallel.ranks import Ranks, open_homes
 from meshwright.parallel.recompute import Recompute, has_blocks
+from meshwright.parallel.shelf import active
+from meshwright.parallel.weights import Weights
 from meshwright.plan import Plan
 from meshwright.plan.plan import offloads
 
-COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precision in the plan -> the dtype that matmuls run in; None leaves every tensor in the dtype the model gave it."""
+COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"""Precision in the plan -> the dtype that matmuls run in; None leaves every tensor in the dtype the model gave it. fp8 is what
+linear layers make of bfloat16 for their matmuls."""
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -56,6 +62,15 @@ class Applied:
     partition: Partition | None = None
     pipeline: Pipeline | None = None
     recompute: Recompute | None = None
+    parked: Parked | None = None
+
+    def groups(self) -> list[list[Parameter]]:
+        """Return the trainable entries that this rank updates together, in the order in which a backward is done with them."""
+        units = [] if self.root is None else [entries for _, entries in reversed(fsdp.units(self.root, self.sharded))]
+        cut = [] if self.buckets is None else [bucket.entries for bucket in self.buckets.buckets]
+        known = {id(entry) for group in (*units, *cut) for entry in group}
+        rest = [entry for entry in reversed(self.table) if entry.here and id(entry) not in known]
+        return [[e for e in group if e.trainable] for group in (*cut, *units, rest) if any(e.trainable for e in group)]
 
 
 @dataclass(frozen=True)
@@ -66,8 +81,17 @@ class Reading:
     example: Any
 
 
-def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, seed: int, reading: Reading) -> Applied:
+def apply(
+    model: nn.Module | Callable[[], nn.Module],
+    plan: Plan,
+    ranks: Ranks,
+    seed: int,
+    reading: Reading,
+    weights: Weights | None = None,
+) -> Applied:
     """Make `model` run under `plan` on `ranks`, in place for a module. Every rank must call it with the same arguments.
+
+    Initial values are those of `weights`, else those that the factory draws from `seed`, else the module's own.
 
     Raises `PlanError` for what this version can't run, `ModelError` for a model that can't be built or initialised.
     """
@@ -79,39 +103,46 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     table = collect(module)
     if not any(entry.trainable for entry in table):
         raise ModelError("the model has no parameter that requires a gradient: there is nothing to train")
-    values = _Values(module, table, recording)
+    values = _Values(module, table, recording, weights)
+    module = float8.convert(module) if plan.precision == "fp8" else module
     compute_dtype = COMPUTE_DTYPES[plan.precision]
     if recording is None:
         module.to(ranks.device)
         _copy_from_rank_zero(module, ranks)
-    if ranks.world_size > 1 or compute_dtype is not None:
+    if ranks.world_size > 1 or compute_dtype is not None or plan.update == "backward":
         for entry in table:
             _make_plain(entry)
+    if plan.master != "fp32" and compute_dtype is not None:
+        for entry in table:
+            if entry.trainable and entry.dtype.is_floating_point:
+                entry.live.data = entry.live.data.to(compute_dtype)
     partition, pipeline = _divide(module, table, plan, ranks, reading, compute_dtype)
     root: fsdp.Root | None = None
     sharded: list[Parameter] = []
-    if plan.shards > 1 and plan.zero == 3 and pipeline is None:
+    parks = any(item.what == "params" for item in active(plan, ranks.device))
+    if plan.zero == 3 and pipeline is None and (plan.shards > 1 or parks):
         if partition is not None:
             partition.as_dtensors(fsdp.shardable(table), ranks)
             rebind(module, table)
         root, sharded = fsdp.shard(module, block_names(module), table, ranks, compute_dtype)
         if partition is not None:
             partition.gathered_in(fsdp.unit_names(root), sharded)
+    parked = Parked(root, sharded, active(plan, ranks.device), ranks) if parks and root is not None else None
     if recording is not None:
-        if pipeline is None:
-            (root or module).to_empty(device=ranks.device)
-            rebind(module, table)
-        else:
-            materialise.allocate(module, table, ranks.device)
-        values.fill(module, table)
+        _allocate(module, table, root, sharded if parked else [], ranks.device, pipelined=pipeline is not None)
+    apart = {id(entry) for entry in sharded}
+    values.fill([entry for entry in table if id(entry) not in apart])
+    values.fill_rest(module)
     if root is not None:
-        fsdp.bind(root, sharded)
+        fsdp.bind(root, sharded, values.fill, parked.park if parked else lambda *_: None)
     left = [entry for entry in table if entry.here and entry.shape.numel() and not any(entry is taken for taken in sharded)]
     buckets = None
     sleeps = pipeline is not None and plan.shards > 1 and plan.zero == 3
-    if ranks.group("data") is not None or compute_dtype is not None:
+    in_backward = plan.update == "backward"
+    collects = ranks.group("data") is not None or compute_dtype is not None or in_backward or root is not None
+    if collects and any(entry.trainable for entry in left):
         stage = 0 if plan.shards == 1 else min(plan.zero, 2)
-        buckets = Buckets(left, ranks, stage, compute_dtype, sleeps) if any(entry.trainable for entry in left) else None
+        buckets = Buckets(left, ranks, stage, compute_dtype, sleeps, small=in_backward)
     if pipeline is not None:
         pipeline.buckets = buckets
     if partition is not None and not sleeps:
@@ -121,8 +152,35 @@ def apply(model: nn.Module | Callable[[], nn.Module], plan: Plan, ranks: Ranks, 
     if plan.data_parallel and torch.cuda.device_count() > 1:
         forward = nn.DataParallel(module)
     return Applied(
-        module, forward, table, sharded, root, buckets, _batch_norm_statistics(module, ranks), partition, pipeline, recompute
+        module,
+        forward,
+        table,
+        sharded,
+        root,
+        buckets,
+        _batch_norm_statistics(module, ranks),
+        partition,
+        pipeline,
+        recompute,
+        parked,
     )
+
+
+def _allocate(
+    module: nn.Module, table: list[Parameter], root: fsdp.Root | None, later: list[Parameter], device: torch.device, pipelined: bool
+) -> None:
+    """Give what is on the meta device memory, but for the shards of `later`, whose values are made unit by unit."""
+    if pipelined:
+        materialise.allocate(module, table, device)
+        return
+    waiting = {name for entry in later for name in entry.names}
+    prefix = "module." if root is not None else ""
+    for name, child in (root or module).named_modules():
+        child.to_empty(device=device, recurse=False)
+        for own, parameter in child.named_parameters(recurse=False):
+            if f"{name}.{own}".removeprefix(prefix) in waiting:
+                _torch.local_of(parameter).untyped_storage().resize_(0)
+    rebind(module, table)
 
 
 def _divide(
@@ -187,26 +245,50 @@ def refuse_unavailable(plan: Plan) -> None:
     """Raise `PlanError` for a legal plan that this version does not execute yet."""
     default = Plan()
     pipeline = () if plan.pp != 1 else ("schedule", "virtual", "split")
-    memory = ("optimizer_state", "master", "update", "clip")
-    for name in ("ep", *pipeline, *memory, "compile"):
+    for name in ("ep", *pipeline, "compile"):
         if getattr(plan, name) != getattr(default, name):
             item = str(Plan(**{name: getattr(plan, name)}))
             raise PlanError(
                 f"{item} is not available in this version: leave {name} out; dp_replicate, dp_shard, zero, tp, cp and pp are"
             )
-    if any(item.what != "activations" for item in offloads(plan.offload)):
-        raise PlanError(f"offload={plan.offload} is not available in this version: only activations are offloaded yet")
     if plan.sp and plan.tp == 1:
         raise PlanError("sp=on divides activations over the ranks of tp: add tp=N, or leave sp out")
-    if plan.precision not in COMPUTE_DTYPES:
-        raise PlanError(f"precision={plan.precision} is not available in this version: the nearest is precision=bf16")
+    refuse_storage(plan)
+    if plan.precision == "fp8":
+        float8.check(plan)
+
+
+def refuse_storage(plan: Plan) -> None:
+    """Raise `PlanError` for ways to store states that contradict each other, or that this version does not execute yet."""
+    for item in offloads(plan.offload):
+        if item.directory is not None:
+            check_directory(item.directory)
+    alone = plan.shards == 1 and plan.degree_product() > 1
+    if any(item.what == "params" for item in offloads(plan.offload)) and (plan.zero != 3 or alone or plan.pp != 1):
+        raise PlanError("offload=params takes parameters that are sharded in units: use dp_shard=N zero=3, or one rank, and pp=1")
+    if plan.master != "fp32" and plan.precision != "bf16":
+        raise PlanError(f"master={plan.master} keeps bfloat16 weights: add precision=bf16, or leave master out")
+    if plan.clip != "exact" and plan.update == "step":
+        raise PlanError(f"clip={plan.clip} is for update=backward: add that, or leave clip out")
+    if plan.update == "backward" and plan.pp != 1:
+        raise PlanError(
+            f"update=backward: a pipeline (pp={plan.pp}) has all gradients before the first is whole: leave update out, or use pp=1"
+        )
+    if plan.update == "backward" and plan.precision == "fp16" and plan.clip != "two_pass":
+        raise PlanError(
+            "update=backward: precision=fp16 looks at all gradients before the first update: use bf16, or clip=two_pass"
+        )
 
 
 class _Values:
     """The initial values of everything in a module that was built on the meta device."""
 
-    def __init__(self, module: nn.Module, table: list[Parameter], recording: materialise.Recording | None) -> None:
-        self.recording = recording
+    def __init__(
+        self, module: nn.Module, table: list[Parameter], recording: materialise.Recording | None, weights: Weights | None
+    ) -> None:
+        self.recording, self.weights = recording, weights
+        if weights is not None:
+            weights.check(table, dict(module.named_buffers(remove_duplicate=False)))
         tensors = [*((entry.name, entry.live) for entry in table), *module.named_buffers(remove_duplicate=False)]
         unknown = [name for name, tensor in tensors if tensor.is_meta and not (recording and recording.knows(tensor))]
         if unknown:
@@ -217,16 +299,30 @@ class _Values:
         # Aliases: `to_empty` gives the module's own tensors other storage.
         self.tensors = {name: tensor.detach() for name, tensor in tensors} if recording else {}
 
-    def fill(self, module: nn.Module, table: list[Parameter]) -> None:
-        """Give every parameter (this rank's rows of it), buffer and tensor attribute its value; one whole tensor at a time."""
-        assert self.recording is not None
-        with torch.no_grad():
-            for entry in table:
-                if not entry.here:
-                    continue
-                target = entry.live.to_local() if isinstance(entry.live, DTensor) else entry.live
+    @torch.no_grad()
+    def fill(self, entries: list[Parameter]) -> None:
+        """Give parameters (this rank's rows of them) their initial values; one whole tensor at a time."""
+        for entry in entries:
+            if not entry.here or (self.recording is None and self.weights is None):
+                continue
+            target = _torch.local_of(entry.live) if isinstance(entry.live, DTensor) else entry.live
+            storage, needed = target.untyped_storage(), target.numel() * target.element_size()
+            if storage.nbytes() < needed:
+                storage.resize_(needed)
+            if self.weights is None:
                 target.copy_(entry.local(self._value(self.tensors[entry.name])))
-            for name, buffer in module.named_buffers(remove_duplicate=False):
+            elif entry.cut is None:
+                target.copy_(self.weights.read(entry.names, entry.rows))
+            else:
+                target.copy_(entry.local(self.weights.read(entry.names)))
+
+    @torch.no_grad()
+    def fill_rest(self, module: nn.Module) -> None:
+        """Give every buffer and tensor attribute its value."""
+        for name, buffer in module.named_buffers(remove_duplicate=False):
+            if self.weights is not None and name in self.weights:
+                buffer.copy_(self.weights.read((name,)))
+            elif self.recording is not None:
                 buffer.copy_(self._value(self.tensors[name]))
         for child in module.modules():
             for name, attribute in list(vars(child).items()):

@@ -34,7 +34,7 @@ from meshwright.parallel.parameters import Parameter, shard_rows
 from meshwright.parallel.ranks import Ranks
 
 _LARGEST_BYTES = 25 * 2**20  # torch DDP's default: large enough for bandwidth, small enough to overlap
-# Under zero=2 a full bucket is what a rank holds beyond its promise, so there it is to stay small beside the model.
+# Under zero=2 (and where buckets are used up at once) a full bucket is what a rank holds beyond its promise: it is to stay small.
 _ZERO2_BUCKETS = 16
 _ZERO2_SMALLEST_BYTES = 2**20
 _DIGIT = 4096
@@ -71,13 +71,21 @@ class Buckets:
     """
 
     def __init__(
-        self, entries: list[Parameter], ranks: Ranks, stage: int, compute_dtype: torch.dtype | None, sleeps: bool = False
+        self,
+        entries: list[Parameter],
+        ranks: Ranks,
+        stage: int,
+        compute_dtype: torch.dtype | None,
+        sleeps: bool = False,
+        small: bool = False,
     ) -> None:
         """Split the masters of `entries`, cut them into buckets and hook their gradients.
 
-        With `sleeps` (zero=3 of a pipeline) the live parameters have no memory between an update and the next `wake`.
+        `small` buckets leave one after the other from the first step on, for updates inside the backward. With
+        `sleeps` (zero=3 of a pipeline) the live parameters have no memory between an update and the next `wake`.
         """
         self.stage, self.sleeps, self._asleep = stage, sleeps, False
+        self._small = small or stage == 2
         self.shard_group = ranks.group("dp_shard") if stage else None
         self.sum_group = ranks.group("dp_replicate") if stage else ranks.group("data")
         self.shards = dist.get_world_size(self.shard_group) if self.shard_group else 1
@@ -88,11 +96,14 @@ class Buckets:
         self.buckets = self._cut([entry for entry in reversed(entries) if entry.trainable and entry.shape.numel()])
         self._carrier = max(self.buckets, key=lambda bucket: bucket.dtype.itemsize)  # of the sums that `begin` takes
         self._carrier.tail += 3
+        # With `update=backward`: what updates a bucket's entries as soon as their reduced gradients are there.
+        self.ready: Callable[[list[Parameter]], None] | None = None
+        self._flying: tuple[_Bucket, Tensor, dist.Work] | None = None
         self.reduced = False  # whether this step's gradients have been summed over the ranks
         self._open = False  # whether the backward that runs is one of ours
         # A module under reentrant checkpointing that is called twice gets its gradients in two goes: the first step waits for the
         # end of its backward, and learns whether buckets may leave earlier. zero=2 can't wait without holding all gradients.
-        self._early = stage == 2
+        self._early = self._small
         self._twice = False
         self._last = True
         self._held = False
@@ -128,7 +139,7 @@ class Buckets:
     def _cut(self, entries: list[Parameter]) -> list[_Bucket]:
         total = sum(entry.shape.numel() * entry.master.element_size() for entry in entries)
         limit = _LARGEST_BYTES
-        if self.stage == 2:
+        if self._small:
             limit = min(limit, max(_ZERO2_SMALLEST_BYTES, total // _ZERO2_BUCKETS))
         buckets: list[_Bucket] = []
         for entry in entries:
@@ -256,7 +267,7 @@ class Buckets:
 
     def _launch(self, bucket: _Bucket) -> None:
         """Send a bucket: reduce-scatter [shards, width + tail] over dp_shard, or all-reduce it over every data rank."""
-        if self._next and self.stage == 2:
+        if self._next and (self.stage == 2 or self.ready is not None):
             self._harvest(self.buckets[self._next - 1])  # at most two full buckets live at a time
         self._next += 1
         if bucket.buffer is None:
@@ -281,16 +292,41 @@ class Buckets:
                 bucket.work = dist.all_reduce(bucket.buffer, group=self.sum_group, async_op=True)
 
     def _harvest(self, bucket: _Bucket) -> None:
-        """Wait for a bucket; under zero=2 free it and add this rank's row to what is kept."""
+        """Wait for a bucket; under zero=2 free it and add this rank's row to what is kept; with `ready` use it up."""
         if bucket.work is not None:
             bucket.work.wait()
             bucket.work = None
-        if bucket.part is None or self.stage == 1 or self.shard_group is None:
+        if bucket.part is None:
             return
-        bucket.buffer, bucket.views = None, ()
-        if bucket.kept is not None:
-            bucket.part[: bucket.width] += bucket.kept[: bucket.width]
-        bucket.kept, bucket.part = bucket.part, None
+        if self.stage == 2 and self.shard_group is not None:
+            bucket.buffer, bucket.views = None, ()
+            if bucket.kept is not None:
+                bucket.part[: bucket.width] += bucket.kept[: bucket.width]
+            bucket.kept, bucket.part = bucket.part, None
+        if self.ready is not None and self._last:
+            self._use_up(bucket)
+
+    def _use_up(self, bucket: _Bucket) -> None:
+        """Have a reduced bucket's entries updated, start gathering their new rows, and free the bucket."""
+        assert self.ready is not None
+        if self.shard_group is not None and self.sum_group is not None:
+            dist.all_reduce(self._row(bucket), group=self.sum_group)  # the replicas hold the same rows: Psi / N elements in all
+        row = self._row(bucket).split([*bucket.counts, bucket.tail])
+        self._give(bucket, row[:-1], row[-1].tolist())
+        del row
+        self.ready(bucket.entries)
+        for entry in bucket.entries:
+            entry.gradient = entry.summed = None
+        self._free(bucket)
+        self._land()
+        with torch.no_grad():
+            self._flying = self._publish(bucket)
+
+    def _land(self) -> None:
+        if self._flying is not None:
+            with torch.no_grad():
+                self._scatter_out(*self._flying)
+            self._flying = None
 
     def finish(self) -> None:
         """End one backward: send what is left, with zeros for what this rank did not compute, and wait for all of it."""
@@ -302,8 +338,9 @@ class Buckets:
             self._launch(self.buckets[self._next])
         for bucket in self.buckets:
             self._harvest(bucket)
+        self._land()
         self.reduced = self._last
-        if self._last and self.shard_group is not None and self.sum_group is not None:
+        if self._last and self.ready is None and self.shard_group is not None and self.sum_group is not None:
             # The replicas hold the same rows: Psi / N elements each, all-reduced over dp_replicate once a step.
             for work in [dist.all_reduce(self._row(b), group=self.sum_group, async_op=True) for b in self.buckets]:
                 work.wait()
@@ -326,14 +363,18 @@ class Buckets:
         position = 0
         for bucket, views in zip(self.buckets, rows, strict=True):
             users, position = tails[position : position + bucket.tail], position + bucket.tail
-            for entry, view, count in zip(bucket.entries, views, users, strict=False):
-                entry.used = count > 0
-                if count:
-                    master = entry.master
-                    part = view if len(view) == master.numel() else view[: master.numel()]
-                    entry.gradient = part.view(master.shape).to(master.dtype)
+            self._give(bucket, views[:-1], users)
         loss, high, low = tails[-3:]
         return torch.tensor([loss, high * _DIGIT + low], dtype=torch.float64)
+
+    def _give(self, bucket: _Bucket, views: Sequence[Tensor], users: list[float]) -> None:
+        """Point each entry that any rank used at its reduced gradient."""
+        for entry, view, count in zip(bucket.entries, views, users, strict=False):
+            entry.used = count > 0
+            if count:
+                master = entry.master
+                part = view if len(view) == master.numel() else view[: master.numel()]
+                entry.gradient = part.view(master.shape).to(entry.dtype)
 
     def wake(self) -> None:
         """Gather the live parameters if they sleep: once a step, over `dp_shard`. Every rank must call it."""
@@ -356,16 +397,22 @@ class Buckets:
     def _bring_up_to_date(self) -> None:
         flying: list[tuple[_Bucket, Tensor, dist.Work]] = []
         for bucket in reversed(self.buckets):
-            for entry in bucket.entries:
-                if entry.master.dtype != entry.live.dtype or (id(entry) in self._storage and self.sleeps):  # else they share memory
-                    entry.own_rows(entry.live.detach()).copy_(entry.master.detach())
-            if not any(id(entry) in self._storage for entry in bucket.entries):
+            started = self._publish(bucket)
+            if started is None:
                 continue
-            flying.append(self._gather(bucket))
+            flying.append(started)
             if len(flying) == 2:
                 self._scatter_out(*flying.pop(0))
         for item in flying:
             self._scatter_out(*item)
+
+    def _publish(self, bucket: _Bucket) -> tuple[_Bucket, Tensor, dist.Work] | None:
+        """Copy a bucket's updated masters to the live rows, and start gathering them where they are divided."""
+        for entry in bucket.entries:
+            apart = entry.master.dtype != entry.live.dtype or (id(entry) in self._storage and self.sleeps)  # else they share memory
+            if apart and entry.master.untyped_storage().nbytes():  # a master that is stored elsewhere was copied by its update
+                entry.own_rows(entry.live.detach()).copy_(entry.master.detach())
+        return self._gather(bucket) if any(id(entry) in self._storage for entry in bucket.entries) else None
 
     def _gather(self, bucket: _Bucket) -> tuple[_Bucket, Tensor, dist.Work]:
         """Start the all-gather of a bucket's live rows over dp_shard: [shards, width] in the live dtype."""
@@ -391,7 +438,11 @@ class Buckets:
     def clear(self) -> None:
         """Free the buckets; the entries' gradients are views of them, for the caller to let go of."""
         self.reduced = self._open = False
+        self._flying = None
         for bucket in self.buckets:
-            bucket.buffer = bucket.part = bucket.kept = None
-            bucket.views = ()
-            bucket.filled.clear()
+            self._free(bucket)
+
+    def _free(self, bucket: _Bucket) -> None:
+        bucket.buffer = bucket.part = bucket.kept = None
+        bucket.views = ()
+        bucket.filled.clear()

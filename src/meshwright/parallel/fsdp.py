@@ -15,9 +15,10 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from meshwright import _torch
 from meshwright.errors import ModelError
@@ -64,11 +65,10 @@ def shard(
     a parameter with the world outside it is left to the root, since FSDP2 lets only one unit own a parameter. Every rank must call
     it.
     """
-    assert ranks.mesh is not None
     taken = shardable(table)
     chosen = {id(entry) for entry in taken}
     ignored = {entry.live for entry in table if id(entry) not in chosen}
-    mesh = ranks.mesh["dp_replicate", "dp_shard"] if ranks.group("dp_replicate") is not None else ranks.mesh["dp_shard"]
+    mesh = _mesh(ranks)
     # Inputs are not cast at every unit: autocast does that at each op, so that all plans round at the same places.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=_reduce_dtype(taken), cast_forward_inputs=False)
     for name in _separable(units, taken):
@@ -81,9 +81,19 @@ def shard(
             unit.set_force_sum_reduction_for_comms(True)
     _torch.fsdp_reduce_unused(cast(FSDPModule, root))
     rebind(module, taken)
-    for entry in taken:
-        entry.rows = shard_rows(entry.shape[0], ranks.mesh["dp_shard"].size(), ranks.mesh.get_local_rank("dp_shard"))
+    if ranks.mesh is not None:
+        for entry in taken:
+            entry.rows = shard_rows(entry.shape[0], ranks.mesh["dp_shard"].size(), ranks.mesh.get_local_rank("dp_shard"))
     return root, taken
+
+
+def _mesh(ranks: Ranks) -> DeviceMesh:
+    """The mesh that shards, and replicates on its first axis; for a rank without peers one of itself, whose group stays open."""
+    if ranks.mesh is None:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return DeviceMesh(ranks.device.type, [0], mesh_dim_names=("dp_shard",))
+    return ranks.mesh["dp_replicate", "dp_shard"] if ranks.group("dp_replicate") is not None else ranks.mesh["dp_shard"]
 
 
 def unit_names(root: Root) -> list[str]:
@@ -91,21 +101,91 @@ def unit_names(root: Root) -> list[str]:
     return [name.removeprefix("module.") for name, child in root.named_modules() if name and isinstance(child, FSDPModule)]
 
 
-def bind(root: Root, taken: list[Parameter]) -> None:
+def units(root: Root, taken: list[Parameter]) -> list[tuple[Any, list[Parameter]]]:
+    """Return FSDP2's groups (what is gathered and reduced together) and their entries, in the order of the modules."""
+    by_live = {id(entry.live): entry for entry in taken}
+    return [(group, [by_live[id(sharded)] for sharded in parameters]) for _, group, parameters in _torch.fsdp_groups(root)]
+
+
+def bind(
+    root: Root, taken: list[Parameter], fill: Callable[[list[Parameter]], None], done: Callable[[Any, list[Parameter]], None]
+) -> None:
     """Give the entries their masters (this rank's rows, sharing memory with the DTensors), and learn of each one's use.
 
-    For after the shards have got their memory. `used` is set whenever a backward accumulates into the parameter. Every rank
-    must call it.
+    One unit after the other, inner ones first: `fill` gives its shards their values, `done` gets its group once it is bound. `used`
+    is set whenever a backward accumulates into the parameter. Every rank must call it.
     """
-    for entry in taken:
-        assert isinstance(entry.live, DTensor)
-        entry.master = nn.Parameter(entry.live.to_local().detach(), requires_grad=entry.trainable)
     by_live = {id(entry.live): entry for entry in taken}
-    for sharded, unsharded in _torch.fsdp_unsharded_parameters(root):
-        entry = by_live[id(sharded)]
-        entry.gathered = unsharded
-        if entry.trainable:
-            unsharded.register_post_accumulate_grad_hook(partial(_mark, entry))
+    for module, group, parameters in reversed(list(_torch.fsdp_groups(root))):
+        entries = [by_live[id(sharded)] for sharded in parameters]
+        fill(entries)
+        for entry, (_, unsharded) in zip(entries, _torch.fsdp_unsharded_parameters(module), strict=True):
+            local = _torch.local_of(entry.live)  # FSDP2 has padded it by now
+            entry.master = nn.Parameter(local.detach(), requires_grad=entry.trainable)
+            entry.gathered = unsharded
+            if entry.trainable:
+                unsharded.register_post_accumulate_grad_hook(partial(_mark, entry))
+        done(group, entries)
+
+
+class Reduced:
+    """Says when a unit's gradients are whole: in the backward after the one that made them, or at `flush`.
+
+    A unit whose module was called several times is whole after as many backwards. Waiting for one more unit lets a device reduce
+    the first while it computes the second.
+    """
+
+    def __init__(self, root: Root, taken: list[Parameter], ready: Callable[[list[Parameter]], None]) -> None:
+        """Call `ready` with each unit's trainable entries, once for each backward that follows `begin(last=True)`."""
+        self._ready, self._last = ready, False
+        self._units: list[tuple[Any, list[Parameter]]] = []
+        self._calls: list[int] = []
+        self._backwards: list[int] = []
+        self._left: list[int] = []
+        self._waiting: int | None = None
+        for group, entries in units(root, taken):
+            number = len(self._units)
+            self._units.append((group, [entry for entry in entries if entry.trainable]))
+            _torch.fsdp_around(group, "pre_forward", partial(self._count, number), lambda: None)
+            _torch.fsdp_around(group, "post_backward", lambda: None, partial(self._after, number))
+        self.begin(last=False)
+
+    def begin(self, last: bool) -> None:
+        """Prepare for a forward and backward; `last` says it is the step's last."""
+        self._last = last
+        self._calls = [0] * len(self._units)
+        self._backwards = [0] * len(self._units)
+        self._left = list(range(len(self._units)))[::-1]
+        self._waiting = None
+
+    def _count(self, number: int) -> None:
+        self._calls[number] += not _torch.in_backward()
+
+    def _after(self, number: int) -> None:
+        self._backwards[number] += 1
+        if not self._last or number not in self._left or self._backwards[number] != self._calls[number]:
+            return
+        self._left.remove(number)
+        before, self._waiting = self._waiting, number
+        if before is not None:
+            self._report(before)
+
+    def flush(self) -> None:
+        """After the backward: report what has not been reported."""
+        if self._last:
+            waiting = [] if self._waiting is None else [self._waiting]
+            left, self._left, self._waiting = [*waiting, *self._left], [], None
+            for number in left:
+                self._report(number)
+        self._last = False
+
+    def _report(self, number: int) -> None:
+        group, entries = self._units[number]
+        _torch.fsdp_wait_for_gradients(group)
+        attach(entries)
+        self._ready(entries)
+        for entry in entries:
+            entry.live.grad = entry.gradient = entry.summed = None
 
 
 def _mark(entry: Parameter, _: Tensor) -> None:

@@ -7,6 +7,7 @@ norm, the optimizer, checkpoints) counts logical tensors, and names them by the 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +36,16 @@ class Cut:
         return all_gather(part, self.axis, self.dim, self.label)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is kept in another form or place: `get` makes it, as [shape] of `dtype`, `put` takes its new value."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    get: Callable[[], Tensor]
+    put: Callable[[Tensor], None]
+
+
 @dataclass(eq=False)
 class Parameter:
     """One logical parameter.
@@ -50,6 +61,7 @@ class Parameter:
     `gradient` is the reduced gradient of the master's shape, between the backward and the update; `used` says whether a
     backward of the step reached the parameter, on this rank while it runs, on any rank once it is reduced. `gathered` is FSDP2's
     whole tensor, whose memory comes and goes; `summed` is the gradient once the parts of the step have been summed.
+    `stored` stands for the master's values where the plan keeps them in another form or place; the master then has its shape only.
     """
 
     names: tuple[str, ...]
@@ -69,6 +81,7 @@ class Parameter:
     used: bool = field(default=False, repr=False)
     gathered: Tensor | None = field(default=None, repr=False)
     summed: Tensor | None = field(default=None, repr=False)
+    stored: Stored | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -79,6 +92,10 @@ class Parameter:
     def sharded(self) -> bool:
         """Return whether each rank of `dp_shard` updates only its own rows."""
         return self.rows is not None
+
+    def value(self) -> Tensor:
+        """Return this rank's rows of the parameter in full precision."""
+        return self.master.detach() if self.stored is None else self.stored.get()
 
     def local(self, full: Tensor) -> Tensor:
         """Return this rank's part of a tensor of the parameter's whole shape."""

@@ -125,7 +125,7 @@ class _Run:
         frozen = sum(entry.whole.numel() for entry in engine.table if not entry.trainable)
         here = [entry for entry in engine.table if entry.here]  # the parts of them that tp and pp leave to this rank
         numbers = [sum(entry.shape.numel() for entry in here if entry.trainable == kind) for kind in (True, False)]
-        predicted = state_bytes(engine.plan, *numbers)
+        predicted = state_bytes(engine.plan, numbers[0], numbers[1], on_host=engine.ranks.device.type == "cpu")
         if self.leads:
             prediction = {"plan": str(engine.plan), "parameters": trainable + frozen, "memory_bytes": predicted.to_json()}
             self.expected = expected(self.config, engine.plan)

@@ -1,0 +1,445 @@
+"""Optimizer states in another form or place, and the update that streams over them a slice at a time.
+
+A slice is a bounded stretch of this rank's parameters. Its states (and, where the plan says so, its fp32 masters or Kahan's
+compensation) are the bytes of one item of a shelf. An update takes the item, hands the user's own torch optimizer the slice as
+plain parameters with plain states, lets it step, and puts the results back: so any elementwise optimizer works, and its groups,
+rates and hooks are the user's. Everything else (checkpoints, exports) reads a state as a `Stored`.
+
+| the weights are updated | between updates they are                                     | a slice's item holds    |
+|-------------------------|--------------------------------------------------------------|-------------------------|
+| as they are             | the master that the plan has anyway                          | the states              |
+| from a stored master    | fp32 in the item; the 16-bit live weights are its rounding   | the states, the master  |
+| with Kahan's sum        | bfloat16; the item has what rounding left (arXiv:2010.06192) | the states, 2 bytes     |
+| stochastically          | bfloat16, rounded at random so that the mean is right        | the states              |
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.engine.optimizer import ELEMENTWISE, BoundOptimizer, OptimizerFactory
+from meshwright.errors import ConfigError
+from meshwright.parallel.forms import Form, remainder, stochastic_bf16
+from meshwright.parallel.parameters import Parameter, Stored
+from meshwright.parallel.parked import Parked
+from meshwright.parallel.ranks import Ranks
+from meshwright.parallel.shelf import Place, Shelf, active, places
+from meshwright.plan import Plan
+from meshwright.plan.memory import slice_elements
+
+_FUSED_ON_CPU = (torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+_WEIGHT = ""
+"""The field of an item that belongs to the weight itself: its master, or what rounding left of it."""
+_AS_IS = Form("fp32")
+
+
+def needs_store(plan: Plan, device: torch.device) -> bool:
+    """Return whether a plan keeps optimizer states or masters otherwise than torch does, or updates them a part at a time."""
+    return (
+        plan.optimizer_state != "fp32"
+        or plan.master != "fp32"
+        or plan.update == "backward"
+        or any(item.what in ("optimizer", "params") for item in active(plan, device))
+    )
+
+
+@dataclass(frozen=True)
+class _Field:
+    key: str
+    form: Form
+    dtype: torch.dtype
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Elements `start` to `start + count` of an entry's master; `offsets` are those of its fields in the slice's item."""
+
+    entry: Parameter
+    start: int
+    count: int
+    offsets: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def last(self) -> bool:
+        return self.start + self.count == self.entry.master.numel()
+
+
+@dataclass(eq=False)
+class _Slice:
+    number: int
+    pieces: list[_Piece] = field(default_factory=list)
+    count: int = 0
+
+
+class StoredOptimizer(BoundOptimizer):
+    """A torch optimizer whose states (and what else the plan says) lie on a shelf. See this file's first lines.
+
+    `torch.state` has only what is no tensor of a parameter's shape (step counts); `state_dict()` of the torch optimizer puts the
+    states of this rank in, `load_state_dict()` takes them out again.
+    """
+
+    def __init__(
+        self,
+        factory: OptimizerFactory,
+        table: list[Parameter],
+        ranks: Ranks,
+        plan: Plan,
+        groups: Sequence[Sequence[Parameter]],
+        parked: Parked | None,
+        seed: int,
+    ) -> None:
+        """Build the optimizer; `groups` are the entries that are updated together, in the order in which that happens."""
+        self._parked = parked
+        super().__init__(factory, table, ranks)
+        if type(self.torch) not in ELEMENTWISE:
+            raise ConfigError(
+                f"{type(self.torch).__name__} may read a whole matrix, and this plan ({plan}) updates slices: use an elementwise "
+                "optimizer such as AdamW or SGD, or leave offload, optimizer_state, master and update out"
+            )
+        self._plan, self._device, self._seed = plan, ranks.device, seed
+        known = {id(entry) for entry in self.entries}
+        kept = [[entry for entry in group if id(entry) in known] for group in groups]
+        self._group_of = {
+            id(parameter): index for index, group in enumerate(self.torch.param_groups) for parameter in group["params"]
+        }
+        self._groups = kept
+        self._slices = _cut(kept, slice_elements(sum(entry.master.numel() for group in kept for entry in group)))
+        self._slices_of: dict[int, list[_Slice]] = {}
+        for one in self._slices:
+            for piece in one.pieces:
+                self._slices_of.setdefault(id(piece.entry), []).append(one)
+        where = places(active(plan, ranks.device), "optimizer", ranks.device, [one.count for one in self._slices])
+        self._weights = {id(entry): self._way(entry, where) for group in kept for entry in group}
+        self._fields = self._all_fields()
+        self.shelf = Shelf([self._lay_out(one) for one in self._slices], where)
+        self._started: set[int] = set()
+        self._store_weights()
+        self._absorb()
+        self.torch.register_state_dict_post_hook(lambda _, found: self._with_states(found))
+        self.torch.register_load_state_dict_post_hook(lambda _: self._absorb())
+
+    # What is stored
+
+    def _way(self, entry: Parameter, where: Sequence[Place]) -> str:
+        """How an entry's weights are updated: `as is`, from a `stored` master, by `kahan`, or `stochastic`."""
+        if self._plan.master != "fp32" and entry.master.dtype == torch.bfloat16 and entry.dtype != torch.bfloat16:
+            return self._plan.master
+        apart = entry.master.dtype != entry.live.dtype and not (self._plan.pp > 1 and self._plan.zero == 3)  # their live rows sleep
+        elsewhere = any(where[one.number] != Place(self._device) for one in self._slices_of[id(entry)])
+        return "stored" if apart and elsewhere else "as is"
+
+    def _dtype(self, entry: Parameter) -> torch.dtype:
+        """The dtype that an entry is updated in."""
+        return entry.dtype if self._weights[id(entry)] in ("kahan", "stochastic") else entry.master.dtype
+
+    def _all_fields(self) -> dict[int, list[_Field]]:
+        """What an item holds of each entry; the optimizer's states are learned from an update of two zeros."""
+        learned: dict[tuple[int, torch.dtype], list[_Field]] = {}
+        fields = {}
+        for entry in self.entries:
+            dtype = self._dtype(entry)
+            kind = (self._group_of[id(entry.master)], dtype)
+            if kind not in learned:
+                probe = nn.Parameter(torch.zeros(2, dtype=dtype, device=self._device))
+                probe.grad = torch.zeros_like(probe)
+                state: dict[str, Any] = {}
+                self._call([(kind[0], probe, state)])
+                learned[kind] = [
+                    _Field(key, Form(self._plan.optimizer_state) if value.is_floating_point() else _AS_IS, value.dtype)
+                    for key, value in state.items()
+                    if isinstance(value, Tensor) and value.shape == probe.shape
+                ]
+            weight = {"stored": [_Field(_WEIGHT, _AS_IS, dtype)], "kahan": [_Field(_WEIGHT, _AS_IS, torch.bfloat16)]}
+            fields[id(entry)] = [*weight.get(self._weights[id(entry)], []), *learned[kind]]
+        return fields
+
+    def _lay_out(self, one: _Slice) -> int:
+        """Give every field of every piece its offset in the slice's item; return the item's bytes."""
+        end = 0
+        for piece in one.pieces:
+            for each in self._fields[id(piece.entry)]:
+                piece.offsets[each.key] = end
+                end += -(-each.form.nbytes(piece.count, each.dtype) // 64) * 64
+        return end
+
+    def _store_weights(self) -> None:
+        """Move the masters that are to be stored into their items, and begin Kahan's sums at zero."""
+        for one in self._slices:
+            if not any(_WEIGHT in piece.offsets for piece in one.pieces):
+                continue
+            memory = self.shelf.take(one.number, fresh=True, learn=False).zero_()
+            for piece in one.pieces:
+                if self._weights[id(piece.entry)] == "stored":
+                    self._memory(memory, piece, _WEIGHT).view(self._dtype(piece.entry)).copy_(_stretch(piece.entry.master, piece))
+            self.shelf.give(one.number)
+        for entry in self.entries:
+            if self._weights[id(entry)] == "as is":
+                continue
+            if self._weights[id(entry)] == "stored":
+                entry.master.untyped_storage().resize_(0)
+            shape = entry.master.shape
+
+            def get(entry: Parameter = entry) -> Tensor:
+                return self._get_weight(entry)
+
+            def put(value: Tensor, entry: Parameter = entry) -> None:
+                self._put_weight(entry, value)
+
+            entry.stored = Stored(shape, self._dtype(entry), get, put)
+
+    # The update
+
+    def step(self) -> None:
+        """Update every entry that has a `gradient`."""
+        self.update(self.entries)
+
+    @torch.no_grad()
+    def update(self, entries: Iterable[Parameter]) -> None:
+        """Update those of `entries` that have a `gradient`: each of them whole, in one call a step."""
+        wanted = {id(entry) for entry in entries if entry.gradient is not None and id(entry) in self._slices_of}
+        for group in self._groups:
+            chosen = {one.number: one for entry in group if id(entry) in wanted for one in self._slices_of[id(entry)]}
+            if chosen:
+                with self._awake(group):
+                    for one in chosen.values():
+                        self._update_slice(one, wanted)
+        self._started |= wanted
+
+    def _awake(self, entries: Iterable[Parameter], changed: bool = True) -> AbstractContextManager[None]:
+        """Have the weights of `entries` in memory inside."""
+        return nullcontext() if self._parked is None else self._parked.awake(entries, changed)
+
+    def _update_slice(self, one: _Slice, wanted: set[int]) -> None:
+        memory = self.shelf.take(one.number)
+        device = memory.device
+        generator = torch.Generator(device).manual_seed(hash((self._seed, self.now, one.number)) % (1 << 63))
+        pieces = [piece for piece in one.pieces if id(piece.entry) in wanted]
+        parts = []
+        for piece in pieces:
+            parameter = nn.Parameter(self._read_weight(memory, piece, device))
+            gradient = piece.entry.gradient
+            assert gradient is not None
+            parameter.grad = _stretch(gradient, piece).to(device=device, dtype=parameter.dtype)
+            parts.append((self._group_of[id(piece.entry.master)], parameter, self._read_states(memory, piece)))
+        self._call(parts)
+        for piece, (_, parameter, state) in zip(pieces, parts, strict=True):
+            self._write_states(memory, piece, state, generator)
+            self._write_weight(memory, piece, parameter.detach(), generator)
+        self.shelf.give(one.number)
+
+    def _call(self, parts: Sequence[tuple[int, nn.Parameter, dict[str, Any]]]) -> None:
+        """Let the user's optimizer step on (group, parameter, its state) alone; the states are changed in place."""
+        groups, everything = self.torch.param_groups, self.torch.state
+        chosen: dict[int, list[nn.Parameter]] = {}
+        for index, parameter, _ in parts:
+            chosen.setdefault(index, []).append(parameter)
+        self.torch.param_groups = [
+            {**groups[index], "params": parameters, **self._kernel(groups[index], parameters[0])}
+            for index, parameters in chosen.items()
+        ]
+        self.torch.state = type(everything)(dict, {parameter: state for _, parameter, state in parts})
+        try:
+            self.torch.step()
+        finally:
+            self.torch.param_groups, self.torch.state = groups, everything
+
+    def _kernel(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+        """On the host the fused kernels, unless the user has said which: one pass over memory in place of a dozen."""
+        open_to_choice = (
+            "fused" in group and group["fused"] is None and not group.get("foreach") and not group.get("differentiable")
+        )
+        chosen = open_to_choice and parameter.device.type == "cpu" and type(self.torch) in _FUSED_ON_CPU
+        return {"fused": True} if chosen else {}
+
+    # The pieces of an item
+
+    def _memory(self, memory: Tensor, piece: _Piece, key: str) -> Tensor:
+        each = next(each for each in self._fields[id(piece.entry)] if each.key == key)
+        offset = piece.offsets[key]
+        return memory[offset : offset + each.form.nbytes(piece.count, each.dtype)]
+
+    def _read_weight(self, memory: Tensor, piece: _Piece, device: torch.device) -> Tensor:
+        way, entry = self._weights[id(piece.entry)], piece.entry
+        if way == "stored":
+            return self._memory(memory, piece, _WEIGHT).view(self._dtype(entry))
+        found = _stretch(entry.master, piece).to(device=device, dtype=self._dtype(entry))
+        if way == "kahan":
+            found += self._memory(memory, piece, _WEIGHT).view(torch.bfloat16)
+        return found
+
+    def _write_weight(self, memory: Tensor, piece: _Piece, value: Tensor, generator: torch.Generator) -> None:
+        """Bring what is kept of a weight, and the live weight, up to the updated `value` [count]."""
+        way, entry = self._weights[id(piece.entry)], piece.entry
+        if way == "stored":
+            mine = self._memory(memory, piece, _WEIGHT).view(value.dtype)
+            if mine.data_ptr() != value.data_ptr():
+                mine.copy_(value)
+            _stretch(entry.own_rows(entry.live), piece).copy_(value)
+            return
+        kept = _stretch(entry.master, piece)
+        if way == "kahan":
+            kept.copy_(value)
+            self._memory(memory, piece, _WEIGHT).view(torch.bfloat16).copy_(remainder(value, kept))
+        elif way == "stochastic":
+            kept.copy_(stochastic_bf16(value.float(), generator))
+        elif kept.data_ptr() != value.data_ptr():
+            kept.copy_(value)
+
+    def _read_states(self, memory: Tensor, piece: _Piece) -> dict[str, Any]:
+        """Return a piece's states as the optimizer expects them: none before its first update."""
+        if id(piece.entry) not in self._started:
+            return {}
+        state = copy.deepcopy(dict(self.torch.state.get(piece.entry.master, {})))
+        for each in self._fields[id(piece.entry)]:
+            if each.key != _WEIGHT:
+                mine = self._memory(memory, piece, each.key)
+                view = each.form.view(mine, each.dtype)
+                state[each.key] = each.form.decode(mine, piece.count, each.dtype) if view is None else view
+        return state
+
+    def _write_states(self, memory: Tensor, piece: _Piece, state: dict[str, Any], generator: torch.Generator) -> None:
+        for each in self._fields[id(piece.entry)]:
+            value = state.pop(each.key, None)
+            if each.key == _WEIGHT or value is None:
+                continue
+            mine = self._memory(memory, piece, each.key)
+            if mine.data_ptr() != value.data_ptr():
+                each.form.encode(value, mine, generator)
+        if piece.last:
+            grown = [key for key, value in state.items() if isinstance(value, Tensor) and value.dim()]
+            if grown:
+                raise ConfigError(
+                    f"the optimizer keeps {grown[0]} now, which it did not when it was made: its settings may not change"
+                )
+            self.torch.state[piece.entry.master] = state
+
+    # For checkpoints and exports
+
+    def states(self, entry: Parameter) -> dict[str, Any]:
+        """Return this rank's states of an entry: small ones as they are, those of its shape as `Stored`; empty before an update."""
+        if id(entry) not in self._started:
+            return {}
+        return super().states(entry) | {
+            each.key: self._state(entry, each.key) for each in self._fields[id(entry)] if each.key != _WEIGHT
+        }
+
+    def of_its_shape(self, entry: Parameter, key: str, shape: torch.Size) -> bool:
+        """Return whether a saved state of this (whole) shape is one that lies on the shelf: of a scalar too."""
+        known = any(each.key == key for each in self._fields[id(entry)])
+        return shape == entry.whole and (known or super().of_its_shape(entry, key, shape))
+
+    def empty_state(self, entry: Parameter, key: str, dtype: torch.dtype) -> Stored:
+        """Return the state `key` of an entry. Raises `ConfigError` if the optimizer as it is set here has no such state."""
+        if not any(each.key == key for each in self._fields[id(entry)]):
+            raise ConfigError(f"the optimizer as it is set here keeps no {key}, which the checkpoint has")
+        return self._state(entry, key)
+
+    def begin(self, entry: Parameter, state: dict[str, Any]) -> None:
+        """Say that an entry has states from now on, of which `state` are those that are not stored."""
+        super().begin(entry, state)
+        self._started.add(id(entry))
+
+    def forget(self, entry: Parameter) -> None:
+        """Drop an entry's states."""
+        super().forget(entry)
+        self._started.discard(id(entry))
+
+    def _state(self, entry: Parameter, key: str) -> Stored:
+        each = next(each for each in self._fields[id(entry)] if each.key == key)
+        return Stored(entry.master.shape, each.dtype, lambda: self._get(entry, key), lambda value: self._put(entry, key, value))
+
+    def _pieces(self, entry: Parameter) -> Iterator[tuple[_Slice, _Piece]]:
+        for one in self._slices_of[id(entry)]:
+            yield from ((one, piece) for piece in one.pieces if piece.entry is entry)
+
+    @torch.no_grad()
+    def _get(self, entry: Parameter, key: str) -> Tensor:
+        each = next(each for each in self._fields[id(entry)] if each.key == key)
+        found = torch.empty(entry.master.shape, dtype=each.dtype, device=self._device)
+        for one, piece in self._pieces(entry):
+            memory = self.shelf.take(one.number, learn=False)
+            _stretch(found, piece).copy_(each.form.decode(self._memory(memory, piece, key), piece.count, each.dtype))
+            self.shelf.give(one.number, changed=False)
+        return found
+
+    @torch.no_grad()
+    def _put(self, entry: Parameter, key: str, value: Tensor) -> None:
+        each = next(each for each in self._fields[id(entry)] if each.key == key)
+        for one, piece in self._pieces(entry):
+            memory = self.shelf.take(one.number, learn=False)
+            generator = torch.Generator(memory.device).manual_seed(self._seed)
+            part = _stretch(value, piece).to(device=memory.device, dtype=each.dtype)
+            each.form.encode(part, self._memory(memory, piece, key), generator)
+            self.shelf.give(one.number)
+
+    @torch.no_grad()
+    def _get_weight(self, entry: Parameter) -> Tensor:
+        if self._weights[id(entry)] == "stored":
+            return self._get(entry, _WEIGHT)
+        with self._awake([entry], changed=False):
+            found = entry.master.detach().to(self._dtype(entry), copy=True)
+        return found.add_(self._get(entry, _WEIGHT)) if self._weights[id(entry)] == "kahan" else found
+
+    @torch.no_grad()
+    def _put_weight(self, entry: Parameter, value: Tensor) -> None:
+        with self._awake([entry]):
+            rows = entry.own_rows(entry.live.detach()) if self._weights[id(entry)] == "stored" else entry.master.detach()
+            rows.copy_(value)
+            if self._weights[id(entry)] == "stored":
+                self._put(entry, _WEIGHT, value)
+            elif self._weights[id(entry)] == "kahan":
+                self._put(entry, _WEIGHT, remainder(value, rows))
+
+    def _absorb(self) -> None:
+        """Take the states that torch's optimizer holds (made at once, or loaded into it) onto the shelf."""
+        for entry in self.entries:
+            state = self.torch.state.get(entry.master)
+            if not state or not any(isinstance(v, Tensor) and v.shape == entry.master.shape and v.dim() for v in state.values()):
+                continue
+            fields = {each.key for each in self._fields[id(entry)]}
+            for key in [key for key in state if key in fields]:
+                self._put(entry, key, state.pop(key))
+            self.begin(entry, state)
+
+    def _with_states(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Complete a state_dict of torch's optimizer with this rank's states."""
+        numbers: dict[int, int] = {}
+        for packed, group in zip(found["param_groups"], self.torch.param_groups, strict=True):
+            numbers.update({id(parameter): number for parameter, number in zip(group["params"], packed["params"], strict=True)})
+        for entry in self.entries:
+            states = {key: value.get() for key, value in self.states(entry).items() if isinstance(value, Stored)}
+            if states:
+                found["state"].setdefault(numbers[id(entry.master)], {}).update(states)
+        return found
+
+
+def _cut(groups: Sequence[Sequence[Parameter]], limit: int) -> list[_Slice]:
+    """Cut each group's masters into slices of at most `limit` elements."""
+    slices: list[_Slice] = []
+    for group in groups:
+        current: _Slice | None = None
+        for entry in group:
+            start, total = 0, entry.master.numel()
+            while True:
+                if current is None or current.count >= limit:
+                    current = _Slice(len(slices))
+                    slices.append(current)
+                count = min(total - start, limit - current.count)
+                current.pieces.append(_Piece(entry, start, count))
+                current.count += count
+                start += count
+                if start == total:
+                    break
+    return slices
+
+
+def _stretch(tensor: Tensor, piece: _Piece) -> Tensor:
+    """Return a piece's elements [count] of a contiguous tensor of its entry's master's shape."""
+    return tensor.detach().reshape(-1)[piece.start : piece.start + piece.count]

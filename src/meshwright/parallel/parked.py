@@ -1,0 +1,143 @@
+"""`offload=params`: FSDP2's shards lie in host memory or on disk, and come to the device one unit at a time.
+
+A unit's shards have memory only while it is gathered (before its forward and its backward) and while it is updated; the units that
+follow are read ahead by the shelf. Under `update=backward` a unit that came for its backward stays until its update, so that a step
+reads every parameter twice and writes it once. Only zero=3 has such units; a run of a single rank gets them from an
+FSDP2 mesh of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshwright import _torch
+from meshwright.parallel import fsdp
+from meshwright.parallel.fsdp import Root
+from meshwright.parallel.parameters import Parameter, Stored
+from meshwright.parallel.ranks import Ranks
+from meshwright.parallel.shelf import Place, Shelf, places
+from meshwright.plan.plan import Offload
+
+
+class _Unit:
+    """The shards of what FSDP2 gathers together; `awake` while they have memory."""
+
+    def __init__(self, number: int, group: Any, entries: list[Parameter]) -> None:
+        self.number, self.group, self.entries = number, group, entries
+        self.shards = [_torch.local_of(entry.live) for entry in entries]
+        self.sizes = [shard.untyped_storage().nbytes() for shard in self.shards]  # with FSDP2's padding
+        self.awake = True
+
+    def pairs(self, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each shard's storage as bytes, and its place in `memory`."""
+        for shard, part in zip(self.shards, memory[: sum(self.sizes)].split(self.sizes), strict=True):
+            if len(part):
+                yield torch.empty(0, dtype=torch.uint8, device=shard.device).set_(shard.untyped_storage()), part
+
+    def wake(self) -> None:
+        for shard, size in zip(self.shards, self.sizes, strict=True):
+            shard.untyped_storage().resize_(size)
+        self.awake = True
+
+    def sleep(self) -> None:
+        for shard in self.shards:
+            shard.untyped_storage().resize_(0)
+        self.awake = False
+
+
+class Parked:
+    """The units of a root that are parked, and where. `keep`: units that wake in a backward stay until they have been updated."""
+
+    def __init__(self, root: Root, taken: list[Parameter], offload: Sequence[Offload], ranks: Ranks) -> None:
+        """Choose the units by the plan's fractions and claim their room. None sleeps yet: `park` begins it.
+
+        Raises `PlanError` for a directory that won't do.
+        """
+        self.keep = False
+        units = fsdp.units(root, taken)
+        sizes = [sum(_shard_bytes(entry, ranks.size("dp_shard")) for entry in entries) for _, entries in units]
+        where = places(offload, "params", ranks.device, sizes)
+        away = [number for number, place in enumerate(where) if place != Place(ranks.device)]
+        self._numbers = {id(units[number][0]): item for item, number in enumerate(away)}
+        self.shelf = Shelf([sizes[number] for number in away], [where[number] for number in away])
+        self._units: dict[int, _Unit] = {}
+
+    def park(self, group: Any, entries: list[Parameter]) -> None:
+        """Store the values of a unit that is to be parked, and let it sleep from now on whenever it is not needed."""
+        if id(group) not in self._numbers:
+            return
+        unit = _Unit(self._numbers[id(group)], group, entries)
+        for entry in entries:
+            self._units[id(entry)] = unit
+            entry.stored = self._stored(entry)
+        _torch.fsdp_around_gather(group, lambda: self._before(unit), lambda: self._after(unit))
+        self._store(unit)
+
+    def _stored(self, entry: Parameter) -> Stored:
+        def get() -> Tensor:
+            with self.awake([entry], changed=False):
+                return entry.master.detach().clone()
+
+        def put(value: Tensor) -> None:
+            with self.awake([entry]):
+                entry.master.detach().copy_(value)
+
+        return Stored(entry.master.shape, entry.master.dtype, get, put)
+
+    def _before(self, unit: _Unit) -> None:
+        if not _torch.fsdp_is_gathered(unit.group):
+            self._need(unit)
+
+    def _after(self, unit: _Unit) -> None:
+        if unit.awake and not (self.keep and _torch.in_backward()):
+            _torch.fsdp_wait_for_copy_in(unit.group)
+            unit.sleep()
+
+    def _need(self, unit: _Unit, learn: bool = True) -> None:
+        if unit.awake:
+            return
+        memory = self.shelf.take(unit.number, learn=learn)
+        unit.wake()
+        for flat, part in unit.pairs(memory):
+            flat.copy_(part, non_blocking=True)
+        if unit.shards[0].device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the buffer is read into again
+        self.shelf.give(unit.number, changed=False)
+
+    def _store(self, unit: _Unit) -> None:
+        memory = self.shelf.take(unit.number, fresh=True, learn=False)
+        for flat, part in unit.pairs(memory):
+            part.copy_(flat)
+        self.shelf.give(unit.number)
+        unit.sleep()
+
+    @contextmanager
+    def awake(self, entries: Iterable[Parameter], changed: bool = True) -> Iterator[None]:
+        """Have the units of `entries` in memory inside; `changed` says that their values are to be kept."""
+        units = {unit.number: unit for entry in entries if (unit := self._units.get(id(entry))) is not None}
+        for unit in units.values():
+            self._need(unit, learn=changed)
+        try:
+            yield
+        finally:
+            for unit in units.values():
+                if changed:
+                    self._store(unit)
+                else:
+                    unit.sleep()
+
+    def release(self) -> None:
+        """Let every unit sleep, unchanged."""
+        for unit in self._units.values():
+            if unit.awake:
+                unit.sleep()
+
+
+def _shard_bytes(entry: Parameter, shards: int) -> int:
+    """Bytes of this rank's rows of a parameter, as FSDP2 pads them."""
+    return -(-entry.shape[0] // shards) * (entry.shape.numel() // entry.shape[0]) * entry.live.element_size()
