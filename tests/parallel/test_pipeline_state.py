@@ -21,6 +21,7 @@ class Odd(nn.Module):
         self.norm = nn.BatchNorm1d(8)
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("average", torch.zeros(8))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Any:
         habit = self.habit
@@ -29,6 +30,9 @@ class Odd(nn.Module):
             x = x * (1 + 0.1 * self.calls)
         if habit == "a counter read on every stage":
             self.count += 1
+        if habit == "Python that decides by what it counts":
+            self.steps += 1
+            x = x * 2 if self.steps > 1 else x
         if habit == "an average that is assigned":
             x = x + self.average
             self.average = self.average * 0.5 + x.detach().mean(0) * 0.5
@@ -88,6 +92,7 @@ REFUSED = {
     "one norm for all blocks": "norm",
     "an average read first and written last": "the buffer average",
     "a view of what is written later": "under another name",
+    "Python that decides by what it counts": "the buffer steps",
 }
 
 

@@ -267,8 +267,11 @@ class Buckets:
 
     def _launch(self, bucket: _Bucket) -> None:
         """Send a bucket: reduce-scatter [shards, width + tail] over dp_shard, or all-reduce it over every data rank."""
-        if self._next and (self.stage == 2 or self.ready is not None):
-            self._harvest(self.buckets[self._next - 1])  # at most two full buckets live at a time
+        for earlier in self.buckets[: self._next] if self.stage == 2 or self.ready is not None else ():
+            # At most two full buckets live at a time. In mid-pipeline nobody waits, for peers may wait for this rank's messages: a
+            # bucket goes if its sum is known to be there (gloo's reduce-scatter never tells: then at the end of the step).
+            if not self._held or (earlier.work is not None and earlier.work.is_completed()):
+                self._harvest(earlier)
         self._next += 1
         if bucket.buffer is None:
             self._allocate(bucket)

@@ -142,8 +142,8 @@ class Pipeline:
 
         The last stage's rank broadcasts each tensor of the result over `pp`.
         """
-        results = self.run("output", function, [batch], [0.0], context, backward=False)
         last = self._cutting("output", function, batch, _torch.tensors_of(batch)).pieces[-1].trace
+        results = self.run("output", function, [batch], [0.0], context, backward=False)
         made = iter(_torch.tensors_of(results))
 
         def receive(leaf: Any) -> Any:

@@ -93,9 +93,10 @@ def cut(trace: Trace, ends: Sequence[int]) -> list[Piece]:
 def refuse_shared_memory(trace: Trace, ends: Sequence[int]) -> None:
     """Raise `ModelError` where one stage would read what another writes in place, and sending values can't make it so.
 
-    A buffer may be written by one stage only, and be read on later ones only through what came of the write. A tensor made on
-    an earlier stage may be written under the name by which it is received, and not be read later under another, nor on another
-    stage as it was. `trace` is the model's own, before any pass.
+    A buffer may be written by one stage only, and be read on later ones only through what came of the write; and Python, which
+    runs on every rank, must not decide by it, for only that stage's rank has its value. A tensor made on an earlier stage may be
+    written under the name by which it is received, and not be read later under another, nor on another stage as it was. `trace`
+    is the model's own, before any pass.
     """
     free = _derived_from_inputs(trace)
     staged = list(zip(trace.ops, _places(trace, ends, free), strict=True))
@@ -104,6 +105,7 @@ def refuse_shared_memory(trace: Trace, ends: Sequence[int]) -> None:
     kept |= {storage[n]: f"the buffer {name}" for n, name in trace.buffers.items()}
     state = {*trace.buffers, *trace.constants}
     made = {n: stage for op, stage in staged for n in op.outputs if n not in free}
+    decides = _decides(trace) & {storage[n] for n in trace.buffers}
     for at, (op, stage) in enumerate(staged):
         for target in _torch.written(op.func, op.args, op.kwargs, Ref):
             home, where = storage[target.number], op.module or "the model"
@@ -115,6 +117,11 @@ def refuse_shared_memory(trace: Trace, ends: Sequence[int]) -> None:
                         f"{kept[home]} is changed in {where} on stage {stage} of {len(ends)}, and used on stage {away[0]} for "
                         "another micro-batch at that time: give all its uses to one stage with split=, or use pp=1"
                     )
+                if home in decides:
+                    raise ModelError(
+                        f"{kept[home]} is changed in {where}, and the model's Python decides by its value, which only stage "
+                        f"{stage} of {len(ends)} has: decide with torch.where, or use pp=1"
+                    )
                 continue
             for _, there, read in uses[at + 1 :]:
                 if any(made.get(n, stage) < stage and (n != target.number or there > stage) for n in read):
@@ -122,6 +129,15 @@ def refuse_shared_memory(trace: Trace, ends: Sequence[int]) -> None:
                         f"{where} changes in place, on stage {stage} of {len(ends)}, a tensor of an earlier stage that is read "
                         "later under another name: use the op that returns a new tensor, or pp=1"
                     )
+
+
+def _decides(trace: Trace) -> set[int]:
+    """Storages of the values that Python looked at, and of all from which these were computed."""
+    looked: set[int] = set()
+    for op in reversed(trace.ops):
+        if isinstance(op.func, Guard) or looked & set(op.outputs):
+            looked.update(op.inputs)
+    return {trace.values[n].storage for n in looked}
 
 
 def _places(trace: Trace, ends: Sequence[int], free: set[int]) -> list[int]:
