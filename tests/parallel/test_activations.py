@@ -19,12 +19,12 @@ from parity import assert_same_as_single_device
 
 PLANS = [
     ("drop", "single", 1),
-    ("drop", "single recompute=full", 1),
+    pytest.param("drop", "single recompute=full", 1, marks=pytest.mark.slow),
     ("drop", "single recompute=selective", 1),
-    ("net", "single microbatches=2", 1),
+    pytest.param("net", "single microbatches=2", 1, marks=pytest.mark.slow),
     ("drop", "fsdp", 2),
-    ("drop", "tp recompute=full", 2),
-    ("drop", "1f1b pp=2 microbatches=4", 2),
+    pytest.param("drop", "tp recompute=full", 2, marks=pytest.mark.slow),
+    pytest.param("drop", "1f1b pp=2 microbatches=4", 2, marks=pytest.mark.slow),
     ("drop", "zero_bubble pp=2 microbatches=4 recompute=selective", 2),
 ]
 

@@ -102,8 +102,15 @@ def made(bias: bool, after: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("bias", "after"), [(True, "plain"), (False, "capped"), (True, "in place"), (False, "masked")])
-@pytest.mark.parametrize("chunks", [2, 7])
+@pytest.mark.parametrize(
+    ("bias", "after", "chunks"),
+    [
+        (True, "plain", 3),
+        (False, "capped", 7),
+        pytest.param(True, "in place", 2, marks=pytest.mark.slow),
+        pytest.param(False, "masked", 30, marks=pytest.mark.slow),
+    ],
+)
 def test_the_loss_and_its_gradients_are_the_same(loss: Any, bias: bool, after: str, chunks: int) -> None:
     expected, wanted = gradients(made(bias, after), loss, None)
     found, got = gradients(made(bias, after), loss, f"loss_chunks={chunks}")

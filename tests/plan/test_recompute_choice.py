@@ -178,7 +178,7 @@ def test_what_is_offloaded_does_not_live(mode: str, tmp_path: Any) -> None:
     with Living() as living:
         loss = engine._loss_of(batch)
         home = engine._applied.recompute.offload._ends[0][1]
-        while not all(transfer.done for transfer, _, _ in home.waiting):
+        while not all(block.done() for blocks, *_ in home.waiting for block in blocks):
             time.sleep(0.01)
         home._let_go()
         gc.collect()

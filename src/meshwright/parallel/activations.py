@@ -177,14 +177,20 @@ class _Stored:
         return self.memory if self.memory is not None else self.call.home.receive(self.ticket)
 
     def __del__(self) -> None:
-        if hasattr(self, "ticket"):
-            self.call.home.free(self.ticket)
+        if hasattr(self, "ticket"):  # in whatever thread collects it: what is to be done is done later
+            self.call.home.freed.append(self.ticket)
 
 
 class _Home:
-    """Where storages go: `send` begins to take one out, `fetch` begins to bring it back, `receive` gives it, `free` forgets it."""
+    """Where storages go: `send` begins to take one out, `fetch` begins to bring it back, `receive` gives it.
+
+    `freed` are the tickets of those that nobody needs any more.
+    """
 
     written = 0
+
+    def __init__(self) -> None:
+        self.freed: deque[Any] = deque()
 
     def send(self, stored: _Stored) -> Any:
         """Begin to take a storage out; return what it is found by."""
@@ -196,10 +202,6 @@ class _Home:
 
     def receive(self, ticket: Any) -> Tensor:
         """Return it."""
-        raise NotImplementedError
-
-    def free(self, ticket: Any) -> None:
-        """Forget it: its room may be used again."""
         raise NotImplementedError
 
 
@@ -217,8 +219,9 @@ class _OnDisk(_Home):
     _UNDER_WAY = 256 << 20
 
     def __init__(self, directory: str) -> None:
+        super().__init__()
         self.disk = Disk(directory)
-        self.waiting: deque[tuple[Transfer, _Call, weakref.ref[_Stored]]] = deque()
+        self.waiting: deque[tuple[Sequence[Any], int, _Call, weakref.ref[_Stored]]] = deque()
         self.bytes_waiting = 0
 
     @property
@@ -228,20 +231,27 @@ class _OnDisk(_Home):
 
     def send(self, stored: _Stored) -> _DiskTicket:
         """Begin to take a storage out; return what it is found by."""
+        self._let_go()
         assert stored.memory is not None
         slot = self.disk.slot(stored.memory.nbytes)
-        self.waiting.append((self.disk.write(slot, stored.memory), stored.call, weakref.ref(stored)))
+        blocks = self.disk.write(slot, stored.memory).blocks
+        self.waiting.append((blocks, slot.nbytes, stored.call, weakref.ref(stored)))
         self.bytes_waiting += slot.nbytes
-        self._let_go()
         return _DiskTicket(slot)
 
     def _let_go(self) -> None:
+        """Of memory that has been written, and of room that nobody needs."""
+        while self.freed:
+            self.disk.release(self.freed.popleft().slot)
         while self.waiting:
-            transfer, call, reference = self.waiting[0]
-            if not (transfer.done and call.closed) and self.bytes_waiting <= self._UNDER_WAY:
+            blocks, nbytes, call, reference = self.waiting[0]
+            done = call.closed and all(block.done() for block in blocks)
+            if not done and self.bytes_waiting <= self._UNDER_WAY:
                 return
             self.waiting.popleft()
-            self.bytes_waiting -= transfer.wait().nbytes
+            self.bytes_waiting -= nbytes
+            for block in blocks:
+                block.result()
             stored = reference()
             if stored is not None:
                 call.forget(stored)
@@ -257,11 +267,6 @@ class _OnDisk(_Home):
         self.fetch(ticket)
         assert ticket.reading is not None
         return ticket.reading.wait()
-
-    def free(self, ticket: _DiskTicket) -> None:
-        """Forget it: its room may be used again."""
-        self.disk.release(ticket.slot)
-        self._let_go()
 
 
 class _GpuTicket:
@@ -283,6 +288,7 @@ class _Gpu(_Home):
     _BUFFERS = 64
 
     def __init__(self, device: torch.device, directory: str | None) -> None:
+        super().__init__()
         self.device, self.stream = device, torch.cuda.Stream(device)
         self.disk = Disk(directory) if directory is not None else None
         self.spare: dict[int, list[Tensor]] = {}
@@ -295,6 +301,8 @@ class _Gpu(_Home):
 
     def _settle(self, call: _Call) -> None:
         """Let go of what earlier calls have sent: the device goes on only when it has left. And of buffers that are on disk."""
+        while self.freed:
+            self._free(self.freed.popleft())
         while self.waiting and self.waiting[0][1] is not call:
             ticket, _, reference = self.waiting.popleft()
             torch.cuda.current_stream(self.device).wait_event(ticket.gone)
@@ -362,7 +370,7 @@ class _Gpu(_Home):
         torch.cuda.current_stream(self.device).wait_event(there)
         return memory
 
-    def free(self, ticket: _GpuTicket) -> None:
+    def _free(self, ticket: _GpuTicket) -> None:
         """Forget it: its room may be used again."""
         if ticket.slot is not None:
             assert self.disk is not None

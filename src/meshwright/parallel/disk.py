@@ -277,8 +277,11 @@ class Disk:
             self._descriptor = -1
 
     def __del__(self) -> None:
+        # Nothing is under way, for that would hold on to this. What collects it may be one of its own threads: no waiting for them.
         if hasattr(self, "_pool"):
-            self.close()
+            self._pool.shutdown(wait=False)
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
 
 
 def _memory(address: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
