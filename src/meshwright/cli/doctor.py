@@ -123,3 +123,9 @@ def _show(found: dict[str, Any]) -> None:
         shown = {what: found[f"error_{what}"] for what in ("seconds", "bytes")}
         text = ", ".join(f"{what} {value:.1%}" for what, value in shown.items() if value is not None)
         print(f"predictions of {found['runs']} runs here, median error: {text or 'nothing measured'}")
+        for run in found["history"]:
+            if run.get("measured_seconds"):
+                error = run["predicted_seconds"] / run["measured_seconds"] - 1
+                print(
+                    f"  predicted {run['predicted_seconds']:.4g} s, measured {run['measured_seconds']:.4g} ({error:+.0%}): {run['plan']}"
+                )
