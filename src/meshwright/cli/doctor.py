@@ -125,7 +125,5 @@ def _show(found: dict[str, Any]) -> None:
         print(f"predictions of {found['runs']} runs here, median error: {text or 'nothing measured'}")
         for run in found["history"]:
             if run.get("measured_seconds"):
-                error = run["predicted_seconds"] / run["measured_seconds"] - 1
-                print(
-                    f"  predicted {run['predicted_seconds']:.4g} s, measured {run['measured_seconds']:.4g} ({error:+.0%}): {run['plan']}"
-                )
+                guess, took = run["predicted_seconds"], run["measured_seconds"]
+                print(f"  predicted {guess:.4g} s, measured {took:.4g} ({guess / took - 1:+.0%}): {run['plan']}")

@@ -1,6 +1,6 @@
 """What a pipeline schedule costs: the time of a step from its stages' times, and how many micro-batches a rank keeps.
 
-Closed forms, each with its source, held to the simulator of the executor's own lists (`simulate.py`), which a search has no time for.
+Closed forms, each with its source, held to the simulator of the executor's own lists (`simulate.py`); a search has no time for it.
 Times are seconds of one micro-batch on one rank, all its virtual stages together.
 """
 
