@@ -62,14 +62,18 @@ def fsdp_unsharded_parameters(root: nn.Module) -> Iterator[tuple[nn.Parameter, T
         if not isinstance(module, FSDPModule):
             continue
         module.unshard()
-        state = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None)  # 2.12 and later: several groups a module
-        if groups is None:
-            groups = [state._fsdp_param_group] if state._fsdp_param_group else []
-        for group in groups:
+        for group in _fsdp_groups(module):
             for parameter in group.fsdp_params:
                 yield parameter.sharded_param, parameter.unsharded_param
         module.reshard()
+
+
+def _fsdp_groups(module: FSDPModule) -> list[Any]:
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # 2.12 and later: several groups a module
+    if groups is None:
+        groups = [state._fsdp_param_group] if state._fsdp_param_group else []
+    return list(groups)
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -78,10 +82,25 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def fsdp_reduce_unused(root: FSDPModule) -> None:
-    """Let FSDP2 reduce zeros for parameters that a rank's backward did not use, so that ranks may differ (2.13 and later)."""
-    setter = getattr(root, "set_reduce_scatter_unused_params", None)
+    """Let FSDP2 reduce zeros for parameters that a rank's backward did not use, so that ranks may differ."""
+    setter = getattr(root, "set_reduce_scatter_unused_params", None)  # 2.13 and later
     if setter is not None:
         setter(True)
+        return
+    for module in cast(nn.Module, root).modules():
+        for group in _fsdp_groups(module) if isinstance(module, FSDPModule) else []:
+            group.post_backward = _after_zeros(group, group.post_backward)
+
+
+def _after_zeros(group: Any, post_backward: Callable[..., None]) -> Callable[..., None]:
+    def with_zeros(*unused: Any) -> None:
+        for parameter in group.fsdp_params:
+            whole = getattr(parameter, "_unsharded_param", None)
+            if whole is not None and whole.requires_grad and whole.grad is None and parameter.unsharded_accumulated_grad is None:
+                whole.grad = torch.zeros_like(whole)
+        post_backward(*unused)
+
+    return with_zeros
 
 
 def fsdp_reset(root: FSDPModule) -> None:
