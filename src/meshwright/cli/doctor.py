@@ -123,3 +123,7 @@ def _show(found: dict[str, Any]) -> None:
         shown = {what: found[f"error_{what}"] for what in ("seconds", "bytes")}
         text = ", ".join(f"{what} {value:.1%}" for what, value in shown.items() if value is not None)
         print(f"predictions of {found['runs']} runs here, median error: {text or 'nothing measured'}")
+        for run in found["history"]:
+            if run.get("measured_seconds"):
+                guess, took = run["predicted_seconds"], run["measured_seconds"]
+                print(f"  predicted {guess:.4g} s, measured {took:.4g} ({guess / took - 1:+.0%}): {run['plan']}")

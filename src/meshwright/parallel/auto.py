@@ -51,6 +51,7 @@ def divides(model: nn.Module | Callable[[], nn.Module], batch: Any, function: Fu
     module = model if isinstance(model, nn.Module) else build_on_meta(model)
 
     def works(plan: Plan) -> bool:
+        """Try the passes that would cut the model."""
         try:
             if plan.tp > 1 or plan.cp > 1:
                 preview(module, plan, function(module), batch)

@@ -1,7 +1,7 @@
 """What a pipeline schedule costs: the time of a step from its stages' times, and how many micro-batches a rank keeps.
 
-Closed forms, each with its source; `step` and `in_flight` are the only two doors, so that a simulator of the action list can take
-their place. Times are seconds of one micro-batch on one rank, all its virtual stages together.
+Closed forms, each with its source, held to the simulator of the executor's own lists (`simulate.py`); a search has no time for it.
+Times are seconds of one micro-batch on one rank, all its virtual stages together.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def step(
     """Seconds from the first forward to the last backward; lists by rank, `backward` without the weights' gradients.
 
     1F1B and GPipe fill and drain once over all stages (arXiv:1811.06965, 2006.09503); v virtual stages divide that by v
-    (2104.04473); zero-bubble schedules fill it with the weights' gradients (2401.10241, 2405.15362, DualPipe's README).
+    (2104.04473); zero-bubble schedules fill it with the weights' gradients (2401.10241, 2405.15362), as far as the lists that the
+    executor runs do. For equal stages the result is the simulator's (tests/plan/test_closed_forms.py).
     """
     ranks = len(forward)
     whole = [f + b + w for f, b, w in zip(forward, backward, weight, strict=True)]
@@ -63,9 +64,12 @@ def step(
     elif schedule == "zero_bubble":
         fill = min(fill, (ranks - 1) * max(0.0, f + b - w))
     elif schedule == "zbv":
-        fill = min(fill, (ranks - 1) * max(0.0, f + b - 2 * w) / 2)
+        fill = min(fill, (ranks - 1) * max(f, b) / 2)
     elif schedule == "dualpipev":
-        fill = min(fill, (ranks / 2 - 1) * max(0.0, f + 2 * b - 2 * w))
+        fill = min(fill, (ranks - 1) * max(0.0, f + b - w) / 2)
+    elif schedule == "gpipe":  # the slowest stage of each pass need not be the same
+        backwards = [b + w for b, w in zip(backward, weight, strict=True)]
+        return sum(forward) + sum(backwards) + (micro - 1) * (max(forward) + max(backwards))
     return micro * busiest + fill
 
 
@@ -80,8 +84,8 @@ def in_flight(schedule: str, virtual: int, stages: int, micro: int, rank: int) -
     if schedule == "interleaved" and virtual > 1:
         warm = (stages - rank - 1) * 2 + (virtual - 1) * stages + 1
         return min(warm, micro * virtual) / virtual
-    if schedule == "zbv":
+    if schedule in ("zbv", "zero_bubble"):  # what a weight's gradient needs stays until it is computed
         return float(min(micro, stages))
     if schedule == "dualpipev":
-        return float(min(micro, stages + 1))
+        return float(min(micro, stages + 0.5))
     return float(min(micro, stages - rank))

@@ -138,7 +138,7 @@ class Plan:
 
     @property
     def shards(self) -> int:
-        """Ranks that divide model states, of a resolved plan: those of `dp_shard`, and with them `cp`, which would hold the same.
+        """Ranks that divide the model states of a resolved plan: those of `dp_shard`, with `cp`, which would hold the same.
 
         Without `dp_shard`, ranks of `cp` do where `zero` is 1 or 2 and there are no replicas; else they are replicas themselves.
         """
