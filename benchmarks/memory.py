@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--sequence", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--limit-bytes", type=int, help="in place of a quarter of the states' bytes")
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -64,7 +65,7 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     config = _config(arguments.layers, arguments.hidden, arguments.sequence)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in decoder.Decoder(config).parameters())
-    limit = STATES_BYTES * parameters // 4
+    limit = arguments.limit_bytes or STATES_BYTES * parameters // 4
     with _cgroup(limit) as group:
         found: dict[str, Any] = run_ranks(2, _steps, config, arguments.directory, arguments.steps, str(group or ""), limit)
         if group is not None:

@@ -6,7 +6,8 @@
 
 `offload`: model FLOP utilisation (6 FLOPs a parameter and token, plus attention's 12 * layers * hidden * sequence) of a 1B and an
 8B Llama in bfloat16, without offload where it fits and with each kind. `largest`: seconds per step of a Llama of the asked size
-against the floor that the host's link gives: the bytes that a step must move over PCIe at the rates measured in the same run. Each case runs in a process of its own, so that one that does not fit fails alone.
+against the floor that the host's link gives: the bytes that a step must move over PCIe at the rates measured in the same run. Each
+case runs in a process of its own, so that one that does not fit fails alone.
 """
 
 from __future__ import annotations

@@ -93,6 +93,10 @@ def apply(
     Raises `PlanError` for what this version can't run, `ModelError` for a model that can't be built or initialised.
     """
     refuse_unavailable(plan)
+    if ranks.rank == 0 and len(active(plan, ranks.device)) < len(offloads(plan.offload)):
+        warnings.warn(
+            f"offload={plan.offload}: the device is the CPU, so what goes to cpu is there already and stays", stacklevel=2
+        )
     if isinstance(model, nn.Module):
         module, recording = model, None
     else:
