@@ -25,6 +25,7 @@ SAME = EXACT | {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", EXACT)
 def test_stored_to_plain_and_back(before: str, tmp_path: Path) -> None:
     plan, size = before.format(dir=tmp_path), EXACT[before]
@@ -36,6 +37,7 @@ def test_stored_to_plain_and_back(before: str, tmp_path: Path) -> None:
             torch.testing.assert_close(resumed[name], value, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_plain_to_stored(tmp_path: Path) -> None:
     losses, weights = ranks.run(2, through, "zero2", str(tmp_path))[0]
     for after, world_size in EXACT.items():
@@ -45,6 +47,7 @@ def test_plain_to_stored(tmp_path: Path) -> None:
             torch.testing.assert_close(resumed[name], value, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", SAME)
 def test_resuming_under_the_same_plan_is_bit_equal(text: str, tmp_path: Path) -> None:
     plan = text.format(dir=tmp_path)
@@ -54,6 +57,7 @@ def test_resuming_under_the_same_plan_is_bit_equal(text: str, tmp_path: Path) ->
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "NAdam", "ASGD", "Rprop"])
 def test_every_elementwise_optimizer_travels(optimizer: str, tmp_path: Path) -> None:
     losses, weights = ranks.run(2, through, f"fsdp offload=optimizer:nvme={tmp_path}", str(tmp_path), optimizer)[0]
@@ -61,3 +65,13 @@ def test_every_elementwise_optimizer_travels(optimizer: str, tmp_path: Path) -> 
     assert found == pytest.approx(losses[2:], rel=1e-9)
     for name, value in weights.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_from_disk_to_memory_and_back(tmp_path: Path) -> None:
+    away = f"fsdp update=backward clip=two_pass offload=params:nvme={tmp_path},optimizer:nvme={tmp_path}"
+    losses, weights = ranks.run(2, through, away, str(tmp_path))[0]
+    for plan, size in (("zero1", 2), (away, 2)):
+        found, resumed, _ = ranks.run(size, onward, plan, str(tmp_path))[0]
+        assert found == pytest.approx(losses[2:], rel=1e-9)
+        for name, value in weights.items():
+            torch.testing.assert_close(resumed[name], value, rtol=1e-9, atol=1e-12)

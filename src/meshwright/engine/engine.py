@@ -32,13 +32,14 @@ from meshwright.engine.metrics import Metrics
 from meshwright.engine.optimizer import BoundOptimizer, OptimizerFactory
 from meshwright.engine.precision import LossScale, autocast, dtype_contract, match_norm_inputs
 from meshwright.engine.randomness import seeded
-from meshwright.engine.stored import StoredOptimizer, needs_store
+from meshwright.engine.stored import StoredOptimizer
 from meshwright.errors import ConfigError, DataError, TrainingError
 from meshwright.parallel import fsdp
 from meshwright.parallel.apply import COMPUTE_DTYPES, Reading, apply, average_batch_norms
 from meshwright.parallel.partitioned import needs_example, sum_parts
 from meshwright.parallel.pipelined import refuse_output, refuse_short, sum_shared
 from meshwright.parallel.ranks import build_ranks
+from meshwright.parallel.shelf import stores
 from meshwright.parallel.weights import Weights
 from meshwright.plan import Plan
 
@@ -108,7 +109,7 @@ class Engine:
             self.in_backward = InBackward(self, self.bound)
 
     def _bind(self, optimizer: OptimizerFactory) -> BoundOptimizer:
-        if not needs_store(self.plan, self.ranks.device):
+        if not stores(self.plan, self.ranks.device):
             return BoundOptimizer(optimizer, self.table, self.ranks)
         return StoredOptimizer(
             optimizer, self.table, self.ranks, self.plan, self._applied.groups(), self._applied.parked, self.seed

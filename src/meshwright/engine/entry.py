@@ -74,7 +74,6 @@ def parallelize(
     if isinstance(plan, str) and is_auto(plan):
         parsed = choose_here(model, plan, example_batch, loss_fn, partial(_reading, loss_fn=loss_fn, forward_fn=forward_fn))
     parsed = parsed.resolve(dist.get_world_size() if dist.is_initialized() else 1)
-    opened = None if weights is None else Weights(Path(weights))
     settings = Settings(
         loss_fn=loss_fn,
         count_fn=count_fn or getattr(loss_fn, "count", None) or rows,
@@ -83,7 +82,7 @@ def parallelize(
         on_nonfinite=on_nonfinite,
         lr_schedule=lr_schedule,
         seed=seed,
-        weights=opened,
+        weights=None if weights is None else Weights(Path(weights)),
     )
     return Engine(model, parsed, optimizer, settings, example_batch, device)
 

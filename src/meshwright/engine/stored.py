@@ -40,16 +40,6 @@ _WEIGHT = ""
 _AS_IS = Form("fp32")
 
 
-def needs_store(plan: Plan, device: torch.device) -> bool:
-    """Return whether a plan keeps optimizer states or masters otherwise than torch does, or updates them a part at a time."""
-    return (
-        plan.optimizer_state != "fp32"
-        or plan.master != "fp32"
-        or plan.update == "backward"
-        or any(item.what in ("optimizer", "params") for item in active(plan, device))
-    )
-
-
 @dataclass(frozen=True)
 class _Field:
     key: str

@@ -31,7 +31,7 @@ from meshwright.parallel.partitioned import Partition, axes
 from meshwright.parallel.pipelined import Pipeline
 from meshwright.parallel.ranks import Ranks, open_homes
 from meshwright.parallel.recompute import Recompute, has_blocks
-from meshwright.parallel.shelf import active
+from meshwright.parallel.shelf import active, stores
 from meshwright.parallel.weights import Weights
 from meshwright.plan import Plan
 from meshwright.plan.plan import offloads
@@ -96,6 +96,8 @@ def apply(
     Raises `PlanError` for what this version can't run, `ModelError` for a model that can't be built or initialised.
     """
     refuse_unavailable(plan)
+    if ranks.rank == 0 and len(active(plan, ranks.device)) < len(offloads(plan.offload)):
+        warnings.warn(f"offload={plan.offload}: the device is a CPU, so what goes to cpu is there already and stays", stacklevel=2)
     if isinstance(model, nn.Module):
         module, recording = model, None
     else:
@@ -109,24 +111,15 @@ def apply(
     if recording is None:
         module.to(ranks.device)
         _copy_from_rank_zero(module, ranks)
-    if ranks.world_size > 1 or compute_dtype is not None or plan.update == "backward":
+    if ranks.world_size > 1 or compute_dtype is not None or stores(plan, ranks.device):
         for entry in table:
-            _make_plain(entry)
-    if plan.master != "fp32" and compute_dtype is not None:
-        for entry in table:
-            if entry.trainable and entry.dtype.is_floating_point:
-                entry.live.data = entry.live.data.to(compute_dtype)
+            _make_plain(entry, compute_dtype if plan.master != "fp32" else None)
     partition, pipeline = _divide(module, table, plan, ranks, reading, compute_dtype)
     root: fsdp.Root | None = None
     sharded: list[Parameter] = []
     parks = any(item.what == "params" for item in active(plan, ranks.device))
     if plan.zero == 3 and pipeline is None and (plan.shards > 1 or parks):
-        if partition is not None:
-            partition.as_dtensors(fsdp.shardable(table), ranks)
-            rebind(module, table)
-        root, sharded = fsdp.shard(module, block_names(module), table, ranks, compute_dtype)
-        if partition is not None:
-            partition.gathered_in(fsdp.unit_names(root), sharded)
+        root, sharded = _shard(module, table, ranks, compute_dtype, partition)
     parked = Parked(root, sharded, active(plan, ranks.device), ranks) if parks and root is not None else None
     if recording is not None:
         _allocate(module, table, root, sharded if parked else [], ranks.device, pipelined=pipeline is not None)
@@ -148,22 +141,22 @@ def apply(
     if partition is not None and not sleeps:
         partition.as_dtensors(left, ranks)
     recompute = _recompute(plan, module, partition, ranks)
-    forward: Callable[..., object] = module
-    if plan.data_parallel and torch.cuda.device_count() > 1:
-        forward = nn.DataParallel(module)
-    return Applied(
-        module,
-        forward,
-        table,
-        sharded,
-        root,
-        buckets,
-        _batch_norm_statistics(module, ranks),
-        partition,
-        pipeline,
-        recompute,
-        parked,
-    )
+    forward = nn.DataParallel(module) if plan.data_parallel and torch.cuda.device_count() > 1 else module
+    statistics = _batch_norm_statistics(module, ranks)
+    return Applied(module, forward, table, sharded, root, buckets, statistics, partition, pipeline, recompute, parked)
+
+
+def _shard(
+    module: nn.Module, table: list[Parameter], ranks: Ranks, compute_dtype: torch.dtype | None, partition: Partition | None
+) -> tuple[fsdp.Root, list[Parameter]]:
+    """Make FSDP2's units of what it can take, after tensor parallelism has cut it."""
+    if partition is not None:
+        partition.as_dtensors(fsdp.shardable(table), ranks)
+        rebind(module, table)
+    root, sharded = fsdp.shard(module, block_names(module), table, ranks, compute_dtype)
+    if partition is not None:
+        partition.gathered_in(fsdp.unit_names(root), sharded)
+    return root, sharded
 
 
 def _allocate(
@@ -234,9 +227,14 @@ def _rank_zeros(example: Any, ranks: Ranks) -> Any:
     return held[0]
 
 
-def _make_plain(entry: Parameter) -> None:
-    """Give a parameter row-major memory and no gradient: flat buckets, rows and fused optimizers all count on it."""
+def _make_plain(entry: Parameter, dtype: torch.dtype | None) -> None:
+    """Give a parameter row-major memory and no gradient: flat buckets, rows and fused optimizers all count on it.
+
+    `dtype` is that of weights without a full-precision master.
+    """
     entry.live.grad = None
+    if dtype is not None and entry.trainable and entry.dtype.is_floating_point:
+        entry.live.data = entry.live.data.to(dtype)
     if not entry.live.is_contiguous():
         entry.live.data = entry.live.data.contiguous()
 

@@ -37,6 +37,12 @@ def active(plan: Plan, device: torch.device) -> tuple[Offload, ...]:
     return tuple(item for item in offloads(plan.offload) if item.directory is not None or device.type != "cpu")
 
 
+def stores(plan: Plan, device: torch.device) -> bool:
+    """Return whether a plan keeps optimizer states or masters otherwise than torch does, or updates them a part at a time."""
+    chosen = (plan.optimizer_state, plan.master, plan.update) != ("fp32", "fp32", "step")
+    return chosen or any(item.what in ("optimizer", "params") for item in active(plan, device))
+
+
 def places(offload: Sequence[Offload], what: str, device: torch.device, sizes: Sequence[int]) -> list[Place]:
     """Return each item's place: those for the disk come last, those for the host before them, the first stay on the device.
 

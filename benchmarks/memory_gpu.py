@@ -1,0 +1,191 @@
+"""Memory on one CUDA device: what each kind of offload costs a Llama's utilisation, and the largest Llama that trains there.
+
+    python benchmarks/memory_gpu.py --section offload --directory /scratch
+    python benchmarks/memory_gpu.py --section largest --directory /scratch --billions 30
+    python benchmarks/memory_gpu.py --section offload --device cpu --dry     # tiny sizes: does it run?
+
+`offload`: model FLOP utilisation (6 FLOPs a parameter and token, plus attention's 12 * layers * hidden * sequence) of a 1B and an
+8B Llama in bfloat16, without offload where it fits and with each kind. `largest`: seconds per step of a Llama of the asked size
+against the floor that the host's link gives: the bytes that a step must move over PCIe at the rates measured in the same run. Each
+case runs in a process of its own, so that one that does not fit fails alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import REPOSITORY, record, table, write_json
+
+import meshwright as mw
+from meshwright.models import decoder
+from meshwright.plan import Plan
+from meshwright.plan.memory import state_bytes
+
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+"""Dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets."""
+SIZES = {
+    "1B": {"layers": 16, "hidden": 2048, "heads": 32, "kv_heads": 8, "ffn": 8192, "vocab": 128256, "sequence": 4096},
+    "8B": {"layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "vocab": 128256, "sequence": 4096},
+    "dry": {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 128, "vocab": 256, "sequence": 32},
+}
+
+
+def main() -> None:
+    """Run one section and write its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--section", choices=("offload", "largest"), required=True)
+    parser.add_argument("--directory")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--billions", type=float, nargs="*", default=[13.0, 20.0, 30.0, 40.0])
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--extra", default="", help="further plan items, such as recompute=full loss_chunks=8")
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as own:
+        directory = arguments.directory or own
+        cases = _offload(arguments, directory) if arguments.section == "offload" else _largest(arguments, directory)
+        found = [{"model": name, "plan": plan} | _alone(arguments, sizes, plan) for name, sizes, plan in cases]
+    table(
+        f"{arguments.section} on {arguments.device}",
+        ("model", "plan", "s a step", "utilisation", "peak GiB", "floor s"),
+        [
+            (
+                each["model"],
+                each["plan"].replace(directory, "DIR"),
+                f"{each['seconds']:.3g}" if "seconds" in each else str(each["failed"])[:60],
+                f"{each['utilisation']:.1%}" if each.get("utilisation") else "-",
+                f"{each.get('peak_bytes', 0) / 2**30:.1f}",
+                f"{each['floor_s']:.3g}" if "floor_s" in each else "-",
+            )
+            for each in found
+        ],
+    )
+    name = f"memory-{arguments.device}-{arguments.section}{'-dry' if arguments.dry else ''}.json"
+    write_json(arguments.json or REPOSITORY / "benchmarks" / "results" / name, record(arguments.device) | {"cases": found})
+
+
+def _offload(arguments: argparse.Namespace, directory: str) -> list[tuple[str, dict[str, int], str]]:
+    base = f"precision=bf16 {arguments.extra}".strip()
+    kinds = [
+        base,
+        f"{base} offload=optimizer:cpu",
+        f"{base} offload=optimizer:cpu update=backward",
+        f"{base} offload=optimizer:cpu@0.5",
+        f"{base} offload=optimizer:nvme={directory}",
+        f"{base} offload=params:cpu",
+        f"{base} master=kahan optimizer_state=int8",
+    ]
+    return [(name, SIZES[name], plan) for name in (["dry"] if arguments.dry else ["1B", "8B"]) for plan in kinds]
+
+
+def _largest(arguments: argparse.Namespace, directory: str) -> list[tuple[str, dict[str, int], str]]:
+    """Models of the asked sizes, in the shape of an 8B; bfloat16 weights on the host, their states in 8 bits there or on disk."""
+    plan = (
+        f"precision=bf16 master=stochastic optimizer_state=int8 update=backward {arguments.extra} "
+        f"offload=params:cpu,optimizer:cpu@0.6,optimizer:nvme={directory}@0.4"
+    )
+    if arguments.dry:
+        return [("dry", SIZES["dry"], plan)]
+    cases = []
+    for billions in arguments.billions:
+        hidden = 4096 if billions < 12 else 5120 if billions < 20 else 6656
+        block = hidden * hidden * 2.5 + 3 * hidden * 3.5 * hidden
+        sizes = SIZES["8B"] | {"hidden": hidden, "heads": hidden // 128, "kv_heads": hidden // 512, "ffn": int(3.5 * hidden)}
+        sizes["layers"] = round((billions * 1e9 - 2 * hidden * sizes["vocab"]) / block)
+        cases.append((f"{billions:g}B", sizes, plan))
+    return cases
+
+
+def _alone(arguments: argparse.Namespace, sizes: dict[str, int], plan: str) -> dict[str, Any]:
+    """Run one case in its own process; what went wrong comes back as a sentence."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    rows = 2 if arguments.dry else arguments.rows
+    process = context.Process(target=_case, args=(theirs, sizes, plan, rows, arguments.steps, arguments.device), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        found: dict[str, Any] = ours.recv()
+    except EOFError:
+        found = {"failed": "the process died (out of host memory?)"}
+    process.join()
+    return found
+
+
+def _case(pipe: Connection, sizes: dict[str, int], plan: str, rows: int, steps: int, device: str) -> None:
+    try:
+        pipe.send(_measure(sizes, plan, rows, steps, torch.device(device)))
+    except Exception as error:
+        pipe.send({"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
+
+
+def _measure(sizes: dict[str, int], plan: str, rows: int, steps: int, device: torch.device) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    config = decoder.llama(**sizes)
+    engine = mw.parallelize(
+        lambda: decoder.Decoder(config),
+        plan,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-4),
+        loss_fn=mw.losses.cross_entropy,
+        device=device,
+    )
+    tokens = torch.randint(0, sizes["vocab"], (rows, sizes["sequence"]))
+    seconds = []
+    for _ in range(steps):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        engine.step((tokens, tokens.roll(-1, 1)))
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    parameters = sum(entry.shape.numel() for entry in engine.table)
+    per_token = 6 * parameters + 12 * sizes["layers"] * sizes["hidden"] * sizes["sequence"]
+    peak = next((rate for name, rate in PEAKS.items() if cuda and name in torch.cuda.get_device_name()), None)
+    median = statistics.median(seconds[1:])
+    found: dict[str, Any] = {
+        "parameters": parameters,
+        "tokens": tokens.numel(),
+        "seconds": median,
+        "every_step": seconds,
+        "utilisation": per_token * tokens.numel() / median / peak if peak else None,
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+        "formula": state_bytes(engine.plan, parameters, on_host=not cuda).to_json(),
+    }
+    return found | _floor(engine.plan, parameters, device)
+
+
+def _floor(plan: Plan, parameters: int, device: torch.device) -> dict[str, float]:
+    """Seconds that a step's bytes take over PCIe alone: shards down twice and up once, gradients up, updated weights down."""
+    if device.type != "cuda":
+        return {}
+    here = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(here, device=device)
+    rates = []
+    for target, source in ((there, here), (here, there)):
+        target.copy_(source)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(4):
+            target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        rates.append(4 * len(here) / (time.perf_counter() - start))
+    formula = state_bytes(plan, parameters)
+    away = formula.host + formula.disk
+    weights = 2.0 * parameters if "params" in plan.offload else 0.0
+    down, up = 2 * weights + (2.0 * parameters if "optimizer" in plan.offload else 0), weights + 4.0 * parameters * (away > 0)
+    return {"floor_s": max(down / rates[0], up / rates[1]), "down_bytes_per_s": rates[0], "up_bytes_per_s": rates[1]}
+
+
+if __name__ == "__main__":
+    main()
