@@ -1,8 +1,9 @@
 """Applies a resolved Plan to a model, in one fixed order; the page to read first in this room.
 
-model on the meta device (or as given) -> parameter table (ties) -> cuts for tensor parallelism -> pipeline stages -> FSDP2 units ->
-memory for what is left on meta, and initial values, the same for every mesh -> gradient buckets with full-precision masters. Later
-axes take their place in this order.
+model on the meta device (or as given) -> parameter table (ties) -> fp8 layers -> cuts for tensor parallelism, loss chunks -> pipeline
+stages -> FSDP2 units, parked where they are offloaded -> memory for what is left on meta, and initial values, the same for every mesh
+-> gradient buckets with full-precision masters -> recompute and offload of the blocks' activations. Later axes take their place in
+this order.
 """
 
 from __future__ import annotations
@@ -129,13 +130,8 @@ def apply(
     if root is not None:
         fsdp.bind(root, sharded, values.fill, parked.park if parked else lambda *_: None)
     left = [entry for entry in table if entry.here and entry.shape.numel() and not any(entry is taken for taken in sharded)]
-    buckets = None
     sleeps = pipeline is not None and plan.shards > 1 and plan.zero == 3
-    in_backward = plan.update == "backward"
-    collects = ranks.group("data") is not None or compute_dtype is not None or in_backward or root is not None
-    if collects and any(entry.trainable for entry in left):
-        stage = 0 if plan.shards == 1 else min(plan.zero, 2)
-        buckets = Buckets(left, ranks, stage, compute_dtype, sleeps, small=in_backward)
+    buckets = _buckets(left, plan, ranks, compute_dtype, sleeps, wanted=root is not None)
     if pipeline is not None:
         pipeline.buckets = buckets
     if partition is not None and not sleeps:
@@ -144,6 +140,18 @@ def apply(
     forward = nn.DataParallel(module) if plan.data_parallel and torch.cuda.device_count() > 1 else module
     statistics = _batch_norm_statistics(module, ranks)
     return Applied(module, forward, table, sharded, root, buckets, statistics, partition, pipeline, recompute, parked)
+
+
+def _buckets(
+    left: list[Parameter], plan: Plan, ranks: Ranks, compute_dtype: torch.dtype | None, sleeps: bool, wanted: bool
+) -> Buckets | None:
+    """Collect the gradients of what FSDP2 does not hold, unless autograd's own can be used as they are."""
+    in_backward = plan.update == "backward"
+    collects = ranks.group("data") is not None or compute_dtype is not None or in_backward or wanted
+    if not (collects and any(entry.trainable for entry in left)):
+        return None
+    stage = 0 if plan.shards == 1 else min(plan.zero, 2)
+    return Buckets(left, ranks, stage, compute_dtype, sleeps, small=in_backward)
 
 
 def _shard(
