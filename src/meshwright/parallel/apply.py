@@ -1,9 +1,9 @@
 """Applies a resolved Plan to a model, in one fixed order; the page to read first in this room.
 
-model on the meta device (or as given) -> parameter table (ties) -> fp8 layers -> cuts for tensor parallelism, loss chunks -> pipeline
-stages -> FSDP2 units, parked where they are offloaded -> memory for what is left on meta, and initial values, the same for every mesh
--> gradient buckets with full-precision masters -> recompute and offload of the blocks' activations. Later axes take their place in
-this order.
+model on the meta device (or as given) -> parameter table (ties) -> fp8 layers -> cuts for tensor parallelism, loss chunks ->
+pipeline stages -> FSDP2 units, parked where they are offloaded -> memory for what is left on meta, and initial values, the same for
+every mesh -> gradient buckets with full-precision masters -> recompute and offload of the blocks' activations. Later axes take
+their place in this order.
 """
 
 from __future__ import annotations
