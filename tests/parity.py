@@ -138,8 +138,9 @@ def errors(
     result: dict[str, dict[str, float]] = {"wrong": {}}
     for key in ("losses", "norms", "gradients", "weights") if "gradients" in found[0] else ("losses", "norms", "weights"):
         one, other = found[0][key], expected[key]
-        if isinstance(other, list):
-            one, other = ({"": torch.tensor(values, dtype=torch.float64)} for values in (one, other))
+        if isinstance(other, list):  # one number of every parameter: as exact as the least exact of them
+            kind = torch.float32 if any(v.dtype == torch.float32 for v in expected["weights"].values()) else torch.float64
+            one, other = ({"": torch.tensor(values, dtype=kind)} for values in (one, other))
         assert set(one) == set(other), set(one) ^ set(other)
         # A gradient that is zero but for rounding (a key's bias under softmax) is measured against the model's largest.
         floor = 1e-12 if key in ("losses", "norms") else 1e-3 * max(v.abs().max().item() for v in other.values() if v.numel())
