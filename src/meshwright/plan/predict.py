@@ -71,6 +71,7 @@ class Pricer:
         self.width = 4  # bytes of a parameter as a user's model holds it
         self._times: dict[Any, Any] = {}
         self._stages: dict[tuple[int, str, int, str], list[Stage]] = {}
+        self._balanced: dict[int, list[int]] = {}
         self._groups: dict[tuple[int, int], Any] = {}
         self._heads: dict[tuple[int, str, int, str], list[int]] = {}
         self._elements: dict[tuple[int, int, int], Elements] = {}
@@ -138,7 +139,10 @@ class Pricer:
             return [calls]
         if plan.split != "balanced":
             return place(plan, [str(number) for number in range(calls)], self.shape.cells, [])
-        return balance(self.shape.cells, total) if total <= calls else [min(calls, index + 1) for index in range(total)]
+        if total not in self._balanced:
+            even = [min(calls, index + 1) for index in range(total)]
+            self._balanced[total] = balance(self.shape.cells, total) if total <= calls else even
+        return self._balanced[total]
 
     def items(self, plan: Plan, global_batch: int) -> int:
         """Items of one micro-batch on a rank. Raises `PlanError` if the batch can't be divided so."""
