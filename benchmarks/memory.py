@@ -122,7 +122,7 @@ def _steps(config: decoder.DecoderConfig, directory: str, steps: int, group: str
     engine = mw.parallelize(
         lambda: decoder.Decoder(config),
         plan,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=3e-4),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=2e-5),
         loss_fn=mw.losses.cross_entropy,
     )
     draw = torch.Generator().manual_seed(engine.data_rank)

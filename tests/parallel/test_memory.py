@@ -150,7 +150,12 @@ STORED = [
 ]
 
 
-@pytest.mark.parametrize(("text", "world_size"), STORED)
+_QUICK = ("single optimizer_state=bf16", "zero3 precision=bf16 master=kahan optimizer_state=bf16", STORED[-1][0])
+
+
+@pytest.mark.parametrize(
+    ("text", "world_size"), [pytest.param(*each, marks=() if each[0] in _QUICK else pytest.mark.slow) for each in STORED]
+)
 def test_live_bytes_of_stored_states_match_the_formula(text: str, world_size: int, tmp_path: Path) -> None:
     for found in ranks.run(world_size, measure, text.format(dir=tmp_path)):
         plan, layer = Plan(**found["plan"]), 192 * 192 + 192
@@ -162,7 +167,16 @@ def test_live_bytes_of_stored_states_match_the_formula(text: str, world_size: in
         assert found["peak"] == pytest.approx(expected.peak + awake + reading, rel=0.03)
 
 
-@pytest.mark.parametrize("text", ["ddp", "zero1", "zero2", "zero3", "zero3 offload=optimizer:nvme={dir},params:nvme={dir}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "zero1",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("ddp", "zero2", "zero3", "zero3 offload=optimizer:nvme={dir},params:nvme={dir}")
+        ),
+    ],
+)
 def test_gradients_are_gone_as_soon_as_they_are_used(text: str, tmp_path: Path) -> None:
     plan = text.format(dir=tmp_path) + " update=backward"
     layer = 4 * (192 * 192 + 192)

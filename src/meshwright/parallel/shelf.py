@@ -107,8 +107,8 @@ class Shelf:
                 largest = max(largest, item.nbytes)
         self._largest = largest
         self._buffers: list[_Buffer] = []
-        self._follows: dict[int, int] = {}
-        self._latest = -1
+        self._follows: dict[tuple[int, int], int] = {}  # the last two -> the next: a forward and a backward go opposite ways
+        self._latest = (-1, -1)
         self._uses = 0
 
     @property
@@ -132,10 +132,9 @@ class Shelf:
             buffer.transfer.wait()
             buffer.transfer = None
         if learn:
-            if self._latest >= 0:
-                self._follows[self._latest] = number
-            self._latest = number
-            following = self._follows.get(number)
+            self._follows[self._latest] = number
+            self._latest = (self._latest[1], number)
+            following = self._follows.get(self._latest)
             if following is not None and self._find(following) is None and self._free() is not None:
                 self._begin(following, fresh=False)
         return buffer.memory[: item.nbytes]

@@ -119,8 +119,8 @@ def states(plan: Plan, elements: Elements, width: int) -> States:
 
 def communicators(plan: Plan) -> int:
     """Process groups with their own buffers on a rank."""
-    degrees = (plan.dp_replicate, plan.dp_shard, plan.tp, plan.cp, plan.pp, plan.ep)
-    return sum(d > 1 for d in degrees)
+    data = (plan.dp_replicate > 1) + (plan.dp_shard > 1)
+    return data + (plan.tp > 1) + (plan.cp > 1) + (plan.pp > 1) + (plan.ep > 1)
 
 
 def outside_allocator(plan: Plan, kernels: str) -> float:

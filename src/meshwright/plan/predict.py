@@ -15,7 +15,7 @@ from meshwright.blueprint.record import Blueprint
 from meshwright.cluster import Cluster
 from meshwright.errors import ModelError, PlanError
 from meshwright.plan import pipeline
-from meshwright.plan.collectives import all_reduce, gather, group, send
+from meshwright.plan.collectives import Group, all_reduce, gather, group, send
 from meshwright.plan.constants import constants
 from meshwright.plan.footprint import Elements, States, outside_allocator, states, unit_bytes
 from meshwright.plan.plan import Plan
@@ -71,6 +71,7 @@ class Pricer:
         self.width = 4  # bytes of a parameter as a user's model holds it
         self._times: dict[Any, Any] = {}
         self._stages: dict[tuple[int, str, int, str], list[Stage]] = {}
+        self._balanced: dict[int, list[int]] = {}
         self._groups: dict[tuple[int, int], Any] = {}
         self._heads: dict[tuple[int, str, int, str], list[int]] = {}
         self._elements: dict[tuple[int, int, int], Elements] = {}
@@ -138,7 +139,10 @@ class Pricer:
             return [calls]
         if plan.split != "balanced":
             return place(plan, [str(number) for number in range(calls)], self.shape.cells, [])
-        return balance(self.shape.cells, total) if total <= calls else [min(calls, index + 1) for index in range(total)]
+        if total not in self._balanced:
+            even = [min(calls, index + 1) for index in range(total)]
+            self._balanced[total] = balance(self.shape.cells, total) if total <= calls else even
+        return self._balanced[total]
 
     def items(self, plan: Plan, global_batch: int) -> int:
         """Items of one micro-batch on a rank. Raises `PlanError` if the batch can't be divided so."""
@@ -376,7 +380,8 @@ class Pricer:
         inner = plan.tp * plan.cp
         shard, replicate = self.group(plan.dp_shard * plan.cp, plan.tp), self.group(plan.dp_replicate, inner * plan.dp_shard)
         table = constants()["collective"]
-        slow = float(table["interference"])
+        # A CPU moves the bytes of a collective with the cores that compute: nothing is hidden there.
+        slow = float(table["interference"]) if self.cluster.device.kernels != "cpu" else 1.0
         gradients = most.dense + most.experts / (1 if plan.ep == 1 else plan.ep) * 1.0
         if plan.dp_shard > 1 and plan.zero == 3 and plan.pp == 1:  # stages of a pipeline gather theirs once a step
             return self._fully_sharded(plan, stage, times, slow)
@@ -384,12 +389,16 @@ class Pricer:
         if plan.shards == 1:
             shard, replicate = self.group(1, inner), self.group(plan.dp_replicate * plan.cp, plan.tp)
         once = all_reduce(replicate, width * gradients / shard.n)
-        scatter = gather(shard, width * gradients)
+        scatter = self._scatter(shard, width * gradients)
         each = plan.microbatches if plan.zero >= 2 and plan.dp_shard > 1 else 1
         window = float(table["window"]) * backward
         sent = once + each * scatter
         hidden = min(sent, window * each)
         return sent - (1 - slow) * hidden + gather(shard, live * gradients)
+
+    def _scatter(self, shard: Group, size: float) -> float:
+        """Seconds of a reduce-scatter of `size` bytes; gloo, what ranks on CPUs talk through, makes it of an all-reduce."""
+        return all_reduce(shard, size) if self.cluster.device.kernels == "cpu" else gather(shard, size)
 
     def _fully_sharded(self, plan: Plan, stage: Stage, times: Sequence[UnitTime], slow: float) -> float:
         """FSDP: each block's parameters come while the one before computes, its gradients leave while the next one does."""
@@ -402,14 +411,14 @@ class Pricer:
                 continue
             d, e = self.shape.kinds[kind].weights.local(plan.tp, plan.ep)
             size = d + e / max(1, plan.ep)
-            come, leave = gather(shard, live * size), gather(shard, width * size)
+            come, leave = gather(shard, live * size), self._scatter(shard, width * size)
             leave += all_reduce(replicate, width * size / shard.n) / plan.microbatches
             f, b = times[kind].total_forward, times[kind].total_backward
             total += count * (max(0.0, come - f) + slow * min(come, f))
             total += count * (max(0.0, come + leave - b) + slow * min(come + leave, b))
             first = come + leave
         elements = self.elements(plan, stage)
-        outside = gather(shard, live * elements.outside) + gather(shard, width * elements.outside)
+        outside = gather(shard, live * elements.outside) + self._scatter(shard, width * elements.outside)
         return plan.microbatches * (total + first) + plan.microbatches * outside
 
     def _optimizer(self, plan: Plan, most: Elements) -> float:
