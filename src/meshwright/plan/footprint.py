@@ -39,6 +39,8 @@ def _kept(unit: UnitProfile, split: Split, recompute: str) -> float:
     sequence = split.tp if split.sp else 1
     if recompute == "full" and unit.entry[1]:
         return _at(unit.entry, split) / sequence
+    if recompute == "selective" and unit.spared is not None:
+        return _kept(unit, split, "none") * unit.spared
     total = 0.0
     for kept in unit.kept:
         if kept.core and recompute == "selective":

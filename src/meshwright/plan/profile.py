@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from meshwright.blueprint.record import Blueprint, Op, ParameterRecord, Saved, Unit
 from meshwright.plan.graph import Graph, Kernel, Size, build, is_view, saved_root
-from meshwright.plan.stages import cell_seconds
+from meshwright.plan.recompute import repeated, selective, unit_costs
+from meshwright.plan.stages import CPU, GPU, cell_seconds
 
 PLAIN = {"add", "sub", "mul", "neg", "relu", "threshold_backward", "copy", "fill", "zero", "zeros_like", "ones_like", "clone"}
 """ATen ops of at most one instruction an element."""
@@ -102,7 +103,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class UnitProfile:
-    """One kind of block, or what runs before or after the blocks."""
+    """One kind of block, or what runs before or after the blocks.
+
+    `recomputed` is what `recompute=selective` repeats and `spared` the part of the saved bytes that it leaves, chosen as the
+    executor chooses (`plan/recompute.py`). Stacks of hand-fused kernels repeat attention's core instead, and keep the rest
+    (`spared` None).
+    """
 
     forward: Phase
     backward: Phase
@@ -117,6 +123,7 @@ class UnitProfile:
     routed: Size
     kv: Size
     attention: bool
+    spared: float | None = None
     peaks: tuple[object, object] | None = None
 
 
@@ -203,6 +210,9 @@ def _unit(unit: Unit, mode: str, blueprint: Blueprint, after: bool | None) -> Un
     expert_ops = _expert_ops(unit, graph)
     forward, backward, weight, recomputed = Phase(), Phase(), Phase(), Phase()
     core = _core(unit)
+    costs = unit_costs(unit, 1, CPU if blueprint.device == "cpu" else GPU)
+    choice = selective(costs) if after is None and mode != "fused" else None
+    again = core if choice is None else repeated(unit, choice)
     for kernel in graph.kernels:
         index = kernel.ops[0]
         op = graph.ops[index]
@@ -210,7 +220,7 @@ def _unit(unit: Unit, mode: str, blueprint: Blueprint, after: bool | None) -> Un
             continue
         if index < graph.n_forward:
             _add(forward, kernel, graph, unit, expert_ops, sequence)
-            if index in core:
+            if index in again:
                 _add(recomputed, kernel, graph, unit, expert_ops, sequence)
         else:
             target = weight if op.kind == "matmul" and op.written_bytes.per_item == 0 and op.written_bytes.fixed else backward
@@ -235,6 +245,7 @@ def _unit(unit: Unit, mode: str, blueprint: Blueprint, after: bool | None) -> Un
         routed=_routed(unit),
         kv=_kv(unit, graph),
         attention=any(op.kind == "attention" for op in unit.forward) or bool(core),
+        spared=choice.bytes / costs.saved if choice is not None and costs.saved else None,
         peaks=(unit.forward_peak, unit.backward_peak) if after is None and mode == "eager" else None,
     )
 

@@ -126,7 +126,7 @@ def budget_bytes(recompute: str) -> int | None:
 
 def unit_costs(unit: Unit, items: int, rates: Rates) -> BlockCosts:
     """What a captured block costs for a micro-batch of `items`: the same terms that the runtime measures."""
-    last = max((saver for saved in unit.saved for saver in saved.savers), default=-1)
+    last = _last(unit)
     returned = {saved.producer for saved in unit.saved if saved.output}
     priced = [(place, op) for place, op in enumerate(unit.forward) if op.kind in PRODUCTS]
     offered = tuple(
@@ -135,12 +135,25 @@ def unit_costs(unit: Unit, items: int, rates: Rates) -> BlockCosts:
         else Item(op.written_bytes.at(items), 0.0)
         for place, op in priced
     )
-    forward = sum(rates.seconds(op, items) for op in unit.forward[:last])
+    forward = sum(rates.seconds(op, items) for op in unit.forward[: max(0, last)])
     entry = sum(tensor.bytes.at(items) for tensor in unit.inputs if tensor.needs_gradient)
     # Inputs that are the same for every item (position tables) are every block's: none of them keeps them.
     made = [s for s in unit.saved if s.role == "activation" or (s.role == "input" and s.bytes.per_item)]
     saved = sum(s.bytes.at(items) for s in made if not s.output)
     return BlockCosts(entry, saved, forward, offered)
+
+
+def repeated(unit: Unit, choice: Choice) -> set[int]:
+    """The places of the forward's ops that the backward of a captured block computes again under a choice."""
+    if choice.kept is None:
+        return set()
+    priced = [place for place, op in enumerate(unit.forward) if op.kind in PRODUCTS]
+    return {*range(max(0, _last(unit)))} - {priced[n] for n in choice.kept}
+
+
+def _last(unit: Unit) -> int:
+    """The last op that saves anything, from where nothing has to be computed again."""
+    return max((saver for saved in unit.saved for saver in saved.savers), default=-1)
 
 
 def saved_bytes(blueprint: Blueprint, recompute: str, items: int, rates: Rates, in_flight: int = 1) -> tuple[int, float]:

@@ -72,8 +72,10 @@ class Space:
         if self.global_batch % data:
             return
         each = self.global_batch // data
-        # Fused attention keeps nothing of its core, so repeating it would only cost time.
-        core = dict(self.fixed).get("recompute") or any(kept.core for kind in self.shape.kinds for kept in kind.kept)
+        # Where nothing is spared (fused attention in a fused stack keeps nothing of its core), repeating would only cost time.
+        core = dict(self.fixed).get("recompute") or any(
+            (kind.spared or 1.0) < 1.0 or any(kept.core for kept in kind.kept) for kind in self.shape.kinds
+        )
         recomputes = self._values("recompute", [r for r in RECOMPUTE if core or r != "selective"])
         counts = [m for m in divisors(each) if each // m <= LARGEST_MICRO_BATCH]
         for ep in self._values("ep", self._experts(tp, cp, data)):
