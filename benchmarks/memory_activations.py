@@ -108,7 +108,7 @@ def block_bytes(config: Any, mode: str) -> dict[str, int]:
 def disk(directory: str, nbytes: int) -> dict[str, Any]:
     """Bytes per second of sequential direct writes and reads by hand, and of a Disk, in turn."""
     rates: dict[str, list[float]] = {"by hand": [], "Disk": []}
-    for turn in range(4):
+    for turn in range(8):
         for name in list(rates)[:: 1 if turn % 2 == 0 else -1]:
             rates[name].append(2 * nbytes / (_by_hand if name == "by hand" else _with_disk)(directory, nbytes))
     ratios = [ours / plain for ours, plain in zip(rates["Disk"], rates["by hand"], strict=True)]
@@ -170,7 +170,7 @@ def main() -> None:
         results["loss"] = compare(WIDE, ["single", "loss_chunks=16"], arguments.rounds)
         show("loss", results["loss"])
     if arguments.section in ("disk", "all"):
-        results["disk"] = disk(arguments.directory, 1 << 30)
+        results["disk"] = disk(arguments.directory, 1 << 29)
         print(f"disk: {results['disk']['median']:.2f} of plain direct transfers")
         offload = f"offload=activations:nvme={arguments.directory}"
         results["offload"] = compare(BODY, ["single", offload], arguments.rounds)
