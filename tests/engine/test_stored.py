@@ -41,7 +41,7 @@ def test_same_as_single_device(name: str, plan: str, world_size: int, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt-tied", "unused", "rows", "hf-gpt2"])
+@pytest.mark.parametrize("name", ["gpt-tied", "unused", "lora", "hf-gpt2"])
 @pytest.mark.parametrize(("plan", "world_size"), SLOW)
 def test_same_as_single_device_everywhere(name: str, plan: str, world_size: int, tmp_path: Path) -> None:
     assert_same_as_single_device(name, plan.format(dir=tmp_path), world_size)
