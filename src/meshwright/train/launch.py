@@ -117,7 +117,8 @@ def _report(folder: Path, exit_codes: dict[int, int]) -> int:
         first = min(causes, key=lambda error: (error["lost_peer"], error["time"]))
         print(f"error: rank {first['rank']}: {first['message']}", file=sys.stderr)
         return int(first["exit_code"])
-    rank, code = min(exit_codes.items(), key=lambda item: (item[1] >= 0, item[0]), default=(0, 1))
+    # A signal of its own, then an exit, then what the agent ended because of another.
+    rank, code = min(exit_codes.items(), key=lambda item: (item[1] == -signal.SIGTERM, item[1] >= 0, item[0]), default=(0, 1))
     cause = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     hint = " (the system may have been out of memory)" if code == -signal.SIGKILL else ""
     print(f"error: rank {rank} {cause}{hint}", file=sys.stderr)
