@@ -194,3 +194,13 @@ def test_every_model(name: str) -> None:
 )
 def test_with_every_axis(plan: str, world_size: int) -> None:
     assert_same_as_single_device("gpt-8", f"{plan} loss_chunks=3", world_size)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_evaluation_is_in_parts_too(bias: bool) -> None:
+    torch.manual_seed(3)
+    model = Head(bias)
+    tokens = torch.randint(0, VOCAB, (4, LENGTH))
+    expected = shifted(model(tokens), tokens).item()
+    engine = mw.parallelize(model, "loss_chunks=3", loss_fn=shifted, example_batch=tokens)
+    assert engine.evaluate(tokens).loss == pytest.approx(expected, rel=1e-6)

@@ -103,12 +103,13 @@ def chunk_loss(trace: Trace, chunks: int) -> Trace:
 
     Raises `PlanError` in a sentence that names the op that stands in the way.
     """
+    recorded = any(op.grad for op in trace.ops)  # not in an evaluation: there the last product counts
     graded = trace.graded()
     reason = "no matrix product leads to the loss"
     seen = False
     for place in range(len(trace.ops) - 1, -1, -1):
         op = trace.ops[place]
-        if costs.base_name(op.func) not in ("mm", "addmm") or not set(op.outputs) & graded or is_opaque(op):
+        if costs.base_name(op.func) not in ("mm", "addmm") or (recorded and not set(op.outputs) & graded) or is_opaque(op):
             continue
         try:
             return _replaced(trace, _Region(trace, place), chunks)
