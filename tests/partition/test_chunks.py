@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meshwright as mw
+import ranks
 from meshwright.errors import ConfigError, PlanError
 from parity import assert_same_as_single_device
 
@@ -196,11 +197,15 @@ def test_with_every_axis(plan: str, world_size: int) -> None:
     assert_same_as_single_device("gpt-8", f"{plan} loss_chunks=3", world_size)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_an_evaluation_is_in_parts_too(bias: bool) -> None:
+def evaluated(plan: str) -> float:
+    """The loss of an evaluation, of the same batch on every rank."""
     torch.manual_seed(3)
-    model = Head(bias)
-    tokens = torch.randint(0, VOCAB, (4, LENGTH))
-    expected = shifted(model(tokens), tokens).item()
-    engine = mw.parallelize(model, "loss_chunks=3", loss_fn=shifted, example_batch=tokens)
-    assert engine.evaluate(tokens).loss == pytest.approx(expected, rel=1e-6)
+    tokens = torch.randint(0, VOCAB, (4, LENGTH), generator=torch.Generator().manual_seed(1))
+    return mw.parallelize(Head(False).double(), plan, loss_fn=shifted, example_batch=tokens).evaluate(tokens).loss
+
+
+@pytest.mark.parametrize(("plan", "world_size"), [("single", 1), ("fsdp", 2), ("tp", 2), ("cp", 2)])
+def test_an_evaluation_is_in_parts_too(plan: str, world_size: int) -> None:
+    (expected,) = ranks.run(1, evaluated, "single")
+    for found in ranks.run(world_size, evaluated, f"{plan} loss_chunks=3"):
+        assert found == pytest.approx(expected, rel=1e-6)  # the loss is computed in float32

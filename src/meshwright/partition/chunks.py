@@ -103,8 +103,8 @@ def chunk_loss(trace: Trace, chunks: int) -> Trace:
 
     Raises `PlanError` in a sentence that names the op that stands in the way.
     """
-    recorded = any(op.grad for op in trace.ops)  # not in an evaluation: there the last product counts
     graded = trace.graded()
+    recorded = bool(set(trace.output_numbers()) & graded)  # not in an evaluation: there the last product counts
     reason = "no matrix product leads to the loss"
     seen = False
     for place in range(len(trace.ops) - 1, -1, -1):
