@@ -65,7 +65,10 @@ def onward(plan: str, folder: str, kind: str = "tied") -> tuple[list[float], dic
     return _steps(engine, 2, 4), engine.full_state_dict(), (extra, loss)
 
 
-@pytest.mark.parametrize("before", ["single", *list(PLANS)[2:]])
+SLOW = [pytest.param(before, marks=pytest.mark.slow) for before in list(PLANS)[3:]]
+
+
+@pytest.mark.parametrize("before", ["single", list(PLANS)[2], *SLOW])
 def test_any_plan_to_any_plan(before: str, tmp_path: Path) -> None:
     losses, weights = ranks.run(PLANS[before], through, before, str(tmp_path))[0]
     evaluated = []

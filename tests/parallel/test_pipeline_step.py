@@ -31,7 +31,7 @@ def through_shapes(plan: str) -> tuple[list[float], list[float], dict[str, Tenso
     return [m.loss for m in metrics], [m.grad_norm for m in metrics], engine.full_state_dict()
 
 
-@pytest.mark.parametrize("plan", ["1f1b pp=2 microbatches=4", "interleaved pp=2 microbatches=8"])
+@pytest.mark.parametrize("plan", ["1f1b pp=2 microbatches=4", pytest.param("interleaved pp=2 microbatches=8", marks=pytest.mark.slow)])
 def test_rows_and_lengths_change_from_batch_to_batch(plan: str) -> None:
     losses, norms, state = ranks.run(1, through_shapes, "single")[0]
     found = ranks.run(2, through_shapes, plan)
@@ -88,7 +88,7 @@ def in_half(plan: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("zero_bubble", marks=pytest.mark.slow)])
 def test_micro_batches_are_summed_in_full_precision_and_an_overflow_is_skipped(precision: str, schedule: str) -> None:
     first, last = ranks.run(2, in_half, f"{schedule} pp=2 microbatches=8 precision={precision}")
     # A sum of eight in the half itself would be off by its rounding, 2 to the -8 or -11.
