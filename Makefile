@@ -23,7 +23,7 @@ train: $(BIN)/.installed
 test: $(BIN)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
 
-# The long matrices: every schedule on every model, odd modules, the families of Hugging Face.
+# The long matrices: every schedule on every model, four ranks, odd modules, the families of Hugging Face.
 test-slow: $(BIN)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 

@@ -31,7 +31,9 @@ def through_shapes(plan: str) -> tuple[list[float], list[float], dict[str, Tenso
     return [m.loss for m in metrics], [m.grad_norm for m in metrics], engine.full_state_dict()
 
 
-@pytest.mark.parametrize("plan", ["1f1b pp=2 microbatches=4", pytest.param("interleaved pp=2 microbatches=8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "plan", ["1f1b pp=2 microbatches=4", pytest.param("interleaved pp=2 microbatches=8", marks=pytest.mark.slow)]
+)
 def test_rows_and_lengths_change_from_batch_to_batch(plan: str) -> None:
     losses, norms, state = ranks.run(1, through_shapes, "single")[0]
     found = ranks.run(2, through_shapes, plan)
