@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from meshwright.plan.constants import constants
 from meshwright.plan.graph import Size
-from meshwright.plan.plan import Plan
-from meshwright.plan.profile import Profile, UnitProfile, degree
+from meshwright.plan.plan import Plan, moved
+from meshwright.plan.profile import UnitProfile, degree
 from meshwright.plan.time import Split
 
 
@@ -111,11 +111,8 @@ def states(plan: Plan, elements: Elements, width: int) -> States:
         gathered = compute * (elements.outside + 2 * elements.largest_block) + width * max(elements.largest_block, elements.outside)
     elif zero == 2:
         gathered = gradient * max(elements.total / 16, elements.outside / 2 if elements.outside else 0.0) * 2
-    if "optimizer" in plan.offload:
-        optimizer = 0.0
-    parameters = divided(3, live)
-    if "params" in plan.offload and zero == 3:
-        parameters = 0.0
+    optimizer *= 1.0 - moved(plan.offload, "optimizer")
+    parameters = divided(3, live) * (1.0 - moved(plan.offload, "params") if zero == 3 else 1.0)
     return States(parameters, divided(2, gradient), optimizer, gathered)
 
 
@@ -131,8 +128,3 @@ def outside_allocator(plan: Plan, kernels: str) -> float:
         return 0.0
     table = constants()["memory"]
     return float(table["context_gb"] + table["communicator_gb"] * communicators(plan)) * 1e9
-
-
-def block_elements(profile: Profile, kind: int, plan: Plan) -> tuple[float, float]:
-    """Parameters of one block on a rank before the data axes divide them: (dense, experts)."""
-    return profile.kinds[kind].weights.local(plan.tp, plan.ep)

@@ -82,12 +82,14 @@ def state_bytes(
     parameters keep their dtype and have neither gradient, master nor optimizer state. A master copy counts as optimizer state.
     `on_host`: the device is a CPU, so that what goes to `cpu` stays.
     """
-    low = plan.precision in ("bf16", "fp16")
+    low = plan.precision != "fp32"
     narrow = low and plan.master != "fp32"
     shard = plan.shards
-    moved = {(item.what, item.directory is not None): item.fraction for item in reversed(offloads(plan.offload))}
-    if on_host:
-        moved = {key: fraction for key, fraction in moved.items() if key[1]}
+    moved: dict[tuple[str, bool], float] = {}
+    for item in offloads(plan.offload):
+        if item.directory is not None or not on_host:
+            key = (item.what, item.directory is not None)
+            moved[key] = moved.get(key, 0.0) + item.fraction
     units = plan.zero == 3 and (shard > 1 or any(what == "params" for what, _ in moved))
     divided = [1, 1, 1] if shard == 1 else [shard if plan.zero >= stage else 1 for stage in (3, 2, 1)]
     live = 2 if narrow or (low and not units) else bytes_each  # else zero=3 keeps only the full-precision shard

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -218,6 +219,13 @@ class Offload:
     fraction: float
 
 
+@functools.cache
+def moved(text: str, what: str) -> float:
+    """The fraction of `what` that an `offload` text puts somewhere else."""
+    return sum((item.fraction for item in offloads(text) if item.what == what), 0.0)
+
+
+@functools.cache
 def offloads(text: str) -> tuple[Offload, ...]:
     """Read the plan's `offload` text. Raises `PlanError` for a part that says nothing known, or for more than all of something."""
     found = []

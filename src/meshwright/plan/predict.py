@@ -18,9 +18,10 @@ from meshwright.plan import pipeline
 from meshwright.plan.collectives import Group, all_reduce, gather, group, send
 from meshwright.plan.constants import constants
 from meshwright.plan.footprint import Elements, States, outside_allocator, states, unit_bytes
-from meshwright.plan.plan import Plan
+from meshwright.plan.plan import Plan, moved, offloads
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.profile import Profile, profile
+from meshwright.plan.recompute import budget_bytes
 from meshwright.plan.stages import balance, place
 from meshwright.plan.suited import run_mode, suited
 from meshwright.plan.time import Rates, Split, UnitTime, rates, unit_time
@@ -238,9 +239,10 @@ class Pricer:
             flight = pipeline.in_flight(plan.schedule, plan.virtual, plan.pp, plan.microbatches, rank)
             saved = sum(count * sizes[kind].kept for kind, count in enumerate(stage.kinds) if count)
             working = max((max(sizes[kind].forward, sizes[kind].backward) for kind, c in enumerate(stage.kinds) if c), default=0.0)
-            if plan.recompute.startswith("budget"):
+            budget = budget_bytes(plan.recompute)
+            if budget is not None:
                 free = self.units(replace(split, recompute="none"))[1]
-                saved = self._within(plan, stage, sizes, free, flight)
+                saved = self._within(budget, stage, sizes, free, flight)
             ends = 0.0
             if stage.before:
                 saved += sizes[n].kept
@@ -248,19 +250,20 @@ class Pricer:
                 ends = sizes[n + 1].kept
                 working = max(working, max(sizes[n + 1].forward, sizes[n + 1].backward))
             kept = flight * saved + ends
-            if "activations" in plan.offload:
-                least = 2 * saved / max(1, sum(stage.kinds)) + ends
-                kept = max(min(kept, least), kept - self.cluster.device.host_memory_bytes)  # what the host can't hold stays
+            away = moved(plan.offload, "activations")
+            if away:
+                least = min(kept, 2 * saved / max(1, sum(stage.kinds)) + ends)
+                kept -= min(away * (kept - least), self.cluster.device.host_memory_bytes)  # what the host can't hold stays
             found.append((kept, working))
         return found
 
-    def _within(self, plan: Plan, stage: Stage, sizes: Sequence[Any], free: Sequence[Any], flight: float) -> float:
+    def _within(self, budget: int, stage: Stage, sizes: Sequence[Any], free: Sequence[Any], flight: float) -> float:
         """Kept bytes per micro-batch when as many blocks as the budget allows are not recomputed."""
         kept = float(sum(c * sizes[kind].kept for kind, c in enumerate(stage.kinds)))
         for kind, count in enumerate(stage.kinds):
             for _ in range(count):
                 more = free[kind].kept - sizes[kind].kept
-                if (kept + more) * flight > budget_bytes(plan.recompute):
+                if (kept + more) * flight > budget:
                     return kept
                 kept += more
         return kept
@@ -328,7 +331,8 @@ class Pricer:
 
     def _not_recomputed(self, plan: Plan, items: int, stages: Sequence[Stage]) -> list[int]:
         """Blocks of each rank that a budget spares from recompute; 0 for every other setting."""
-        if not plan.recompute.startswith("budget"):
+        budget = budget_bytes(plan.recompute)
+        if budget is None:
             return [0] * len(stages)
         sizes = self.units(self.split(plan, items))[1]
         free = self.units(Split(items, plan.tp, plan.sp, plan.cp, plan.ep, plan.precision, "none"))[1]
@@ -336,7 +340,7 @@ class Pricer:
         for rank, stage in enumerate(stages):
             flight = pipeline.in_flight(plan.schedule, plan.virtual, plan.pp, plan.microbatches, rank)
             kept = sum(c * sizes[kind].kept for kind, c in enumerate(stage.kinds))
-            total = self._within(plan, stage, sizes, free, flight)
+            total = self._within(budget, stage, sizes, free, flight)
             each = max((free[k].kept - sizes[k].kept for k, c in enumerate(stage.kinds) if c), default=0.0)
             spared.append(int((total - kept) / each + 0.5) if each > 0 else 0)
         return spared
@@ -426,9 +430,8 @@ class Pricer:
         shard = plan.shards
         held = most.total / shard if plan.ep == 1 else most.dense / shard + most.experts / max(1, shard // plan.ep)
         seconds = table["fixed_ms"] * 1e-3 if self.cluster.device.kernels != "cpu" else 0.0
-        if "optimizer" not in plan.offload:
-            return float(seconds + held * table["optimizer_bytes"] / self.cluster.device.memory_bytes_per_s)
-        return float(seconds)
+        here = held * (1.0 - moved(plan.offload, "optimizer"))
+        return float(seconds + here * table["optimizer_bytes"] / self.cluster.device.memory_bytes_per_s)
 
     def _offload(self, plan: Plan, most: Elements, sizes: Sequence[Any], stage: Stage, micro: int, busy: float) -> float:
         """Seconds that transfers to host memory or disk add beyond what compute hides."""
@@ -436,21 +439,19 @@ class Pricer:
             return 0.0
         table, device = constants()["step"], self.cluster.device
         link = device.host_bytes_per_s or 25e9
-        held = most.total / plan.shards
         seconds = 0.0
-        for part in plan.offload.split(","):
-            what, _, where = part.partition(":")
-            disk = table["nvme_gb_s"] * 1e9 / self.cluster.per_node if where.startswith("nvme") else None
-            if what == "optimizer":
+        for item in offloads(plan.offload):
+            held = item.fraction * most.total / plan.shards
+            disk = table["nvme_gb_s"] * 1e9 / self.cluster.per_node if item.directory else None
+            if item.what == "optimizer":
                 seconds += 6.0 * held / link + held * table["cpu_adam_bytes"] * self.cluster.per_node / (
                     table["host_memory_gb_s"] * 1e9
                 )
                 seconds += 24.0 * held / disk if disk else 0.0
-            elif what == "params":
-                moved = 2 * micro * 2.0 * held / min(link, disk or link)
-                seconds += max(0.0, moved - micro * busy)
+            elif item.what == "params":
+                seconds += max(0.0, 2 * micro * 2.0 * held / min(link, disk or link) - micro * busy)
             else:
-                kept = sum(c * sizes[kind].kept for kind, c in enumerate(stage.kinds))
+                kept = item.fraction * sum(c * sizes[kind].kept for kind, c in enumerate(stage.kinds))
                 seconds += micro * max(0.0, 2 * kept / min(link, disk or link) - 0.8 * busy)
         return seconds
 
@@ -514,13 +515,6 @@ class Pricer:
         counts = [self.shape.calls.count(kind) for kind in range(len(self.shape.kinds))] + [1, 1]
         per_rank = sum(unit.hardware_flops * count for unit, count in zip(times, counts, strict=True))
         return per_rank * plan.microbatches * plan.degree_product() / plan.pp
-
-
-def budget_bytes(text: str) -> float:
-    """The bytes of `recompute=budget=40GB`."""
-    amount = text.removeprefix("budget=").removesuffix("B")
-    scale = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(amount[-1:], 1.0)
-    return float(amount.rstrip("KMGT")) * scale
 
 
 def _bound(seconds: dict[str, float], step: float) -> str:

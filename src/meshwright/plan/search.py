@@ -18,7 +18,7 @@ from meshwright.blueprint.record import Blueprint
 from meshwright.cluster import Cluster
 from meshwright.errors import ConfigError, PlanError
 from meshwright.plan.footprint import Elements, States, states
-from meshwright.plan.plan import Plan
+from meshwright.plan.plan import Plan, moved
 from meshwright.plan.predict import Base, Pricer
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.space import Family, Space, divisors
@@ -307,7 +307,7 @@ class _Best:
             elements = self._elements(family, some)
             table = []
             for plan in plans:
-                same = (plan.dp_shard, plan.zero, "optimizer" in plan.offload, "params" in plan.offload)
+                same = (plan.dp_shard, plan.zero, moved(plan.offload, "optimizer"), moved(plan.offload, "params"))
                 if same not in known:
                     known[same] = [states(plan, each, self.pricer.width) for each in elements]
                 table.append(known[same])
@@ -329,9 +329,9 @@ class _Best:
         heads = self.pricer.heads(some)
         schedule = {"schedule": some.schedule, "virtual": some.virtual}
         plans = [self.space.plan(family, schedule | tail) for tail in self._tails(family)]
-        moments: dict[bool, list[tuple[float, float]]] = {}
+        moments: dict[float, list[tuple[float, float]]] = {}
         for place, (plan, held) in enumerate(zip(plans, self._states(family, some, plans), strict=True)):
-            away = "activations" in plan.offload
+            away = moved(plan.offload, "activations")
             if away not in moments:
                 moments[away] = self.pricer.activations(plan, split, heads)
             if self.pricer.heaviest_device_bytes(plan, held, moments[away]) > self.capacity:
