@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from meshwright.engine.optimizer import ELEMENTWISE, BoundOptimizer, OptimizerFactory
 from meshwright.errors import ConfigError
 from meshwright.parallel.forms import Form, remainder, stochastic_bf16
+from meshwright.parallel.materialise import derive_seed
 from meshwright.parallel.parameters import Parameter, Stored
 from meshwright.parallel.parked import Parked
 from meshwright.parallel.ranks import Ranks
@@ -209,7 +210,7 @@ class StoredOptimizer(BoundOptimizer):
     def _update_slice(self, one: _Slice, wanted: set[int]) -> None:
         memory = self.shelf.take(one.number)
         device = memory.device
-        generator = torch.Generator(device).manual_seed(hash((self._seed, self.now, one.number)) % (1 << 63))
+        generator = torch.Generator(device).manual_seed(derive_seed(self._seed, self.now, one.number))
         pieces = [piece for piece in one.pieces if id(piece.entry) in wanted]
         parts = []
         for piece in pieces:

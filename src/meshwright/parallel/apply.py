@@ -30,7 +30,7 @@ from meshwright.parallel.parameters import Parameter, collect, rebind
 from meshwright.parallel.parked import Parked
 from meshwright.parallel.partitioned import Partition, axes
 from meshwright.parallel.pipelined import Pipeline
-from meshwright.parallel.ranks import Ranks, open_homes
+from meshwright.parallel.ranks import Ranks, from_rank_zero, open_homes
 from meshwright.parallel.recompute import Recompute, has_blocks
 from meshwright.parallel.shelf import active, stores
 from meshwright.parallel.weights import Weights
@@ -190,7 +190,7 @@ def _divide(
     """Cut the ops over `tp` and `cp` and the model over `pp`; what belongs to other ranks is let go of."""
     if not axes(plan) and plan.pp == 1 and plan.loss_chunks == 1:
         return None, None
-    example = _rank_zeros(reading.example, ranks)
+    example = from_rank_zero(reading.example)  # what is read off it must come out the same everywhere
     partition = Partition(module, table, plan, ranks, compute_dtype)
     partition.choose(reading.function(module), example)
     if plan.pp == 1:
@@ -224,15 +224,6 @@ def _recompute(plan: Plan, module: nn.Module, partition: Partition | None, ranks
     else:
         partition.runs = runs
     return runs
-
-
-def _rank_zeros(example: Any, ranks: Ranks) -> Any:
-    """Return rank 0's example on every rank: what is read off it must come out the same everywhere."""
-    if ranks.mesh is None:
-        return example
-    held = [tree_map_tensors(lambda tensor: tensor.cpu(), example) if ranks.rank == 0 else None]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
 
 
 def _make_plain(entry: Parameter, dtype: torch.dtype | None) -> None:

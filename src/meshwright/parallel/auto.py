@@ -25,13 +25,13 @@ from meshwright.parallel.apply import refuse_unavailable
 from meshwright.parallel.parameters import collect
 from meshwright.parallel.partitioned import Partition
 from meshwright.parallel.preview import preview
+from meshwright.parallel.ranks import from_rank_zero
 from meshwright.partition.stages import cut
 from meshwright.plan.plan import Plan
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.search import search
 from meshwright.plan.stages import place
 
-_LONGEST_TEXT = 512
 _TRIED = 8  # candidates that are asked whether the model can be cut so
 
 Function = Callable[[nn.Module], Callable[[Any], Any]]
@@ -127,9 +127,4 @@ def choose_here(
         blueprint = inspect(model, batch, loss_fn=loss_fn, device=device, strict=False)
         works = divides(model, batch, function)
         chosen = str(choose(blueprint, text, ranks, batch_items(batch) * ranks, works)[0])
-    if ranks > 1:
-        letters = torch.zeros(_LONGEST_TEXT, dtype=torch.uint8, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        letters[: len(chosen)] = torch.tensor(list(chosen.encode()), dtype=torch.uint8)
-        dist.broadcast(letters, 0)  # 512 bytes over all ranks: the plan's text
-        chosen = bytes(letters[letters > 0].tolist()).decode()
-    return Plan.parse(chosen)
+    return Plan.parse(from_rank_zero(chosen))

@@ -9,12 +9,13 @@ import datetime
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshwright._torch import tree_map_tensors
 from meshwright.errors import ConfigError
 from meshwright.plan import Plan
 
@@ -102,6 +103,15 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
         # Two jobs on one node must not meet: derive the port from the job's number.
         "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000)),
     }
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Return rank 0's value, its tensors on the CPU, on every rank: one pickled object over all ranks. Every rank must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    held = [tree_map_tensors(lambda tensor: tensor.cpu(), value) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
 
 
 def build_ranks(plan: Plan, device: torch.device | None = None) -> Ranks:
