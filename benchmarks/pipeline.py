@@ -5,9 +5,10 @@
 Two gloo ranks with one thread each train a GPT (fp32, AdamW, clipping) on 8 micro-batches of 256 tokens. `by hand` is what a
 specialist writes on the same cut: two modules, `PipelineStage`, a schedule of `torch.distributed.pipelining`, and one all-reduce
 for the norm. `over ideal` is the step's wall time over (one device's / 2) / (1 - bubble), the bubble being the closed form's;
-target 1.10. `to by hand` has the target 1.00, in CPU seconds of both ranks. `simulated` is the wall time that the simulator gives
-for the measured seconds of each stage's F, B, I and W in that step (target: within 10%; the median of 3 steps), and `in flight`
-compares the bytes that autograd holds with the simulator's.
+target 1.10. `to by hand` has the target 1.00, in CPU seconds of both ranks, and `to ddp` 1.09: torch's DDP on the same global batch
+in one piece (the field's pipelines stand at 1.22 and 1.09). `simulated` is the wall time that the simulator gives for the measured
+seconds of each stage's F, B, I and W in that step (target: within 10%; the median of 3 steps), and `in flight` compares the bytes
+that autograd holds with the simulator's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common import Ratio, Times, interleave, record, run_ranks, table, write_json
-from contenders import CLIP_NORM, Batch, Job, adamw, cross_entropy
+from contenders import CLIP_NORM, Batch, Job, adamw, cross_entropy, hand_ddp
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -140,6 +141,8 @@ def measure(section: str, rounds: int, steps: int, micro_batch: int, plans: list
         contenders[f"{plan} by hand"] = by_hand(job, plan, engines[plan].pipeline.ends, batch)
     alone = one_device(job, batch) if dist.get_rank() == 0 else lambda: None
     contenders["one device"] = alone
+    replica, share = hand_ddp(job), tuple(part.chunk(2)[dist.get_rank()] for part in batch)
+    contenders["ddp by hand"] = lambda: replica(share)
     check(engines, contenders, batch)
     times = interleave(contenders, rounds, steps, "cpu")
     found = {plan: held(each, batch) | {"stages": stage_seconds(each, batch)} for plan, each in engines.items()}
@@ -281,20 +284,31 @@ def main() -> None:
         found = results["simulated"][plan]
         ideal = statistics.median(times["one device"].wall_s) / 2 / (1 - found["bubble"])
         ratio = Ratio.of(times[plan], times[f"{plan} by hand"]).to_json() if plan in BY_HAND else None
+        to_ddp = Ratio.of(times[plan], times["ddp by hand"]).to_json()
         results.setdefault("ratios", {})[plan] = ratio
+        results.setdefault("to_ddp", {})[plan] = to_ddp
         lines.append(
             [
                 plan,
                 f"{statistics.median(times[plan].wall_s):.3f}",
                 f"{statistics.median(times[plan].wall_s) / ideal:.2f}",
                 f"{ratio['cpu_median']:.3f} ({ratio['wall_median']:.2f} wall)" if ratio else "-",
+                f"{to_ddp['cpu_median']:.3f}",
                 f"{found['simulated_s'] / found['measured_s']:.2f}",
                 ", ".join(f"{a / b:.3f}" for a, b in zip(found["measured_bytes"], found["simulated_bytes"], strict=True)),
             ]
         )
     table(
         f"{arguments.section}, 2 ranks, {MICROBATCHES} micro-batches",
-        ["plan", "step, s", "over ideal", "to by hand, CPU", "simulated / measured", "in flight: measured / simulated, by rank"],
+        [
+            "plan",
+            "step, s",
+            "over ideal",
+            "to by hand, CPU",
+            "to ddp, CPU",
+            "simulated / measured",
+            "in flight: measured / simulated, by rank",
+        ],
         lines,
     )
     path = arguments.json or Path(__file__).parent / "results" / f"pipeline-{arguments.section}.json"
