@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import flop_registry
 
 from meshwright._torch import is_functional_view
-from meshwright.blueprint.execute import operands as tensors_of
+from meshwright.blueprint import execute
 
 aten = torch.ops.aten
 
@@ -171,8 +171,8 @@ def traffic(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[int, int]:
     """Bytes read and written by one call."""
     if kind_of(func) == "view":
         return 0, 0
-    operands = {id(x): x for x in tensors_of(args, kwargs)}
-    results = {id(x): x for x in tensors_of(result if isinstance(result, tuple | list) else (result,), {})}
+    operands = {id(x): x for x in execute.operands(args, kwargs)}
+    results = {id(x): x for x in execute.results(result)}
     written = sum(map(tensor_bytes, results.values()))
     name = base_name(func)
     in_place = any(key in operands for key in results)

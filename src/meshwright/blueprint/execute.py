@@ -38,6 +38,11 @@ def operands(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     return found
 
 
+def results(result: Any) -> list[torch.Tensor]:
+    """The tensors that an ATen op has returned, in order."""
+    return operands(result if isinstance(result, tuple | list) else (result,), {})
+
+
 class Execution(DispatchMode):
     """A dispatch mode that runs every ATen op on fake tensors, except those whose operands are all real and small.
 
@@ -57,6 +62,13 @@ class Execution(DispatchMode):
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
             made.requires_grad_()
         return made
+
+    def imitation(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A stand-in; for a small integer tensor that has values a copy, since a model's Python may look at them."""
+        has_values = not (tensor.is_meta or isinstance(tensor, FakeTensor) or tensor.is_floating_point() or tensor.is_complex())
+        if has_values and tensor.numel() <= LARGEST_REAL:
+            return tensor.detach().cpu().clone()
+        return self.stand_in(tensor, dtype)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op; subclasses record it."""
@@ -87,7 +99,7 @@ class Execution(DispatchMode):
             return func(*args, **kwargs)
         with self.fake:
             result = func(*args, **kwargs)
-        made = operands(result if isinstance(result, tuple | list) else (result,), {})
+        made = results(result)
         # A float scalar may steer Python (a layer is dropped if `torch.rand([])` is small); larger floats are
         # activations.
         small = all(tensor.numel() <= LARGEST_REAL for tensor in made)

@@ -17,12 +17,13 @@ from meshwright.blueprint.execute import build_on_meta
 from meshwright.blueprint.failures import capture_error
 from meshwright.blueprint.kernels import CudaKernels
 from meshwright.blueprint.record import Blueprint, Call, Unit
-from meshwright.blueprint.sample import ForwardFn, LossFn, batch_items
+from meshwright.blueprint.running import Function
+from meshwright.blueprint.sample import ForwardFn, LossFn, batch_items, reading
 from meshwright.blueprint.spec import ModelSpec, parse_spec
 from meshwright.blueprint.tape import Recorder
 from meshwright.blueprint.trees import tensors_in
-from meshwright.blueprint.walk import Subject, Walk, Walker, stand_in_state, untouched
-from meshwright.errors import ModelError
+from meshwright.blueprint.walk import Subject, Walk, Walker, stand_in_state
+from meshwright.errors import MeshwrightError, ModelError
 
 SIZES = (2, 3)
 """Micro-batch sizes of the two captures. Not 1: a dim of size one takes paths (broadcasts, free reshapes) that others
@@ -59,8 +60,8 @@ def inspect(
     name, module, batch, sequence, loss_fn = _subject(model, batch, seq, loss_fn)
     blocks = block_names(module)
     try:
-        walks, blocks = _walk_twice(module, blocks, batch, dtype, forward_fn, loss_fn, device)
-    except ModelError as error:
+        walks, blocks = _walk_twice(module, blocks, batch, dtype, reading(forward_fn, loss_fn)(module), device)
+    except MeshwrightError as error:
         if strict:
             raise
         return _by_structure(name, module, blocks, dtype, str(error))
@@ -95,16 +96,15 @@ def _walk_twice(
     blocks: list[str],
     batch: Any,
     dtype: torch.dtype | None,
-    forward_fn: ForwardFn | None,
-    loss_fn: LossFn | None,
+    function: Function,
     device: str,
 ) -> tuple[tuple[Walk, Walk], list[str]]:
     recorder = Recorder()
     kernels = CudaKernels(recorder) if device == "cuda" else contextlib.nullcontext()
-    subject = Subject(module, stand_in_state(module, recorder, dtype), batch, dtype, forward_fn, loss_fn)
+    subject = Subject(module, stand_in_state(module, recorder, dtype), batch, dtype, function)
     try:
         # A capture may draw numbers for real (whether to drop a layer): the user's random state is not to move.
-        with warnings.catch_warnings(), _quiet(), untouched(module), torch.random.fork_rng(devices=[]), kernels:
+        with warnings.catch_warnings(), _quiet(), torch.random.fork_rng(devices=[]), kernels:
             warnings.simplefilter("ignore")  # advice about the stand-in tensors is not for the user
             first = Walker(subject, recorder, blocks, SIZES[0], None).run()
             shared = _called_again(module, blocks, first)
@@ -112,7 +112,7 @@ def _walk_twice(
                 blocks = [*blocks, *shared]
                 first = Walker(subject, recorder, blocks, SIZES[0], None).run()
             second = Walker(subject, recorder, blocks, SIZES[1], first).run()
-    except ModelError:
+    except MeshwrightError:
         raise
     except Exception as error:
         raise capture_error(error, recorder.modules[-1] if recorder.modules else "") from error

@@ -150,7 +150,6 @@ class Saved:
     savers: tuple[int, ...] = ()
     output: bool = False
     region: int = -1
-    has_sequence: bool = False
     position: int = 0
 
 
@@ -203,7 +202,6 @@ class Experts:
 
     experts: int
     choices: int
-    router_op: int
     stacked: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
 

@@ -22,9 +22,9 @@ from meshwright import _torch
 from meshwright.blueprint.tape import Ref
 from meshwright.blueprint.trees import map_tensors
 from meshwright.errors import PlanError
-from meshwright.partition.arguments import writes
+from meshwright.partition.arguments import is_random, writes
 from meshwright.partition.local import KeepSlice
-from meshwright.partition.trace import Guard, Stale, Trace, TracedOp, draws, is_opaque
+from meshwright.partition.trace import Guard, Stale, Trace, TracedOp, is_opaque
 
 
 class Blocks(Protocol):
@@ -74,7 +74,7 @@ class Program:
         kept = _reached(trace, outputs, lambda op: id(op) not in checked and _has_effect(op))
         self.checks = self._segments(guards, frozenset(), [])
         self._checks_write = any(writes(op.func) for op in guards)
-        self._checks_draw = any(draws(op) for op in guards)
+        self._checks_draw = any(is_random(op) for op in guards)
         self.ops = kept
         self.blocks = blocks
         self.segments = self._segments(kept, units | (blocks.names if blocks is not None else frozenset()), outputs)
