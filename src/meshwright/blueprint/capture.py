@@ -7,9 +7,11 @@ of the second run, taken as proportional to the micro-batch, and the Blueprint s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from meshwright.blueprint import costs
@@ -52,42 +54,36 @@ class Pair:
     def tensor(self, number: int, name: str = "", recomputable: bool = False) -> TensorRecord:
         """The record of a value as something that crosses a boundary."""
         one, two = self.first.values[number], self.second.values[number]
-        dtype = str(one.dtype).removeprefix("torch.")
         size = self.count(_dense_bytes(one), _dense_bytes(two))
-        return TensorRecord(name, self.shape(number), dtype, size, one.needs_gradient, recomputable)
+        return TensorRecord(name, self.shape(number), dtype_name(one.dtype), size, one.needs_gradient, recomputable)
 
 
 def _dense_bytes(value: Value) -> int:
-    total = value.dtype.itemsize
-    for size in value.shape:
-        total *= size
-    return total
+    return math.prod(value.shape) * value.dtype.itemsize
 
 
 def parameter_records(
-    model: nn.Module, prefix: str, skip: tuple[str, ...], dtype_bytes: int, dtype: str
+    model: nn.Module, prefix: str, skip: tuple[str, ...], dtype: torch.dtype | None
 ) -> tuple[ParameterRecord, ...]:
-    """Parameters and buffers under `prefix`, less those under `skip`; floats as they were captured (`dtype`, if not
-    empty).
-    """
+    """Parameters and buffers under `prefix`, less those under `skip`; floats as captured (in `dtype`, if there is one)."""
     first: dict[int, str] = {}
     records = []
-    groups = [
-        (model.named_parameters(remove_duplicate=False), False),
-        (model.named_buffers(remove_duplicate=False), True),
-    ]
-    for named, is_buffer in groups:
-        for name, tensor in named:
-            owner = first.setdefault(id(tensor), name)
-            if not name.startswith(prefix) or name.startswith(skip):
-                continue
-            captured = dtype and tensor.is_floating_point()
-            size = tensor.numel() * (dtype_bytes if captured else tensor.element_size())
-            kind = dtype if captured else str(tensor.dtype).removeprefix("torch.")
-            shared = owner if owner != name else ""
-            trains = tensor.requires_grad and not is_buffer
-            records.append(ParameterRecord(name.removeprefix(prefix), tuple(tensor.shape), kind, size, trains, is_buffer, shared))
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        owner = first.setdefault(id(tensor), name)
+        if not name.startswith(prefix) or name.startswith(skip):
+            continue
+        held = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        trains, is_buffer = tensor.requires_grad, not isinstance(tensor, nn.Parameter)
+        tied = owner if owner != name else ""
+        size, kind = tensor.numel() * held.itemsize, dtype_name(held)
+        own = name.removeprefix(prefix)
+        records.append(ParameterRecord(own, tuple(tensor.shape), kind, size, trains and not is_buffer, is_buffer, tied))
     return tuple(records)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def unit_of_kind(
@@ -218,7 +214,7 @@ def saved_records(pair: Pair, n_forward: int, leaving: set[int], findings: Findi
                 bytes=pair.count(one.bytes, two.bytes),
                 role=role,
                 shape=pair.shape(one.value),
-                dtype=str(value.dtype).removeprefix("torch."),
+                dtype=dtype_name(value.dtype),
                 name=value.name,
                 producer=producers.get(value.storage, -1),
                 savers=tuple(dict.fromkeys(makers[node] for node in one.nodes if node in makers)),

@@ -79,28 +79,8 @@ def _unknown(at: Letterer) -> OpDims:
     return OpDims(inputs, outputs, whole=letters, known=False)
 
 
-_LIKE_POINTWISE = {
-    "clone",
-    "_to_copy",
-    "copy",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "masked_fill",
-    "where",
-}
-_LIKE_POINTWISE |= {
-    "native_dropout",
-    "bernoulli",
-    "rand_like",
-    "detach",
-    "fill",
-    "zero",
-    "contiguous",
-    "lift_fresh",
-    "alias",
-}
+_LIKE_POINTWISE = {"clone", "_to_copy", "copy", "zeros_like", "ones_like", "full_like", "empty_like", "masked_fill", "where"}
+_LIKE_POINTWISE |= {"native_dropout", "bernoulli", "rand_like", "detach", "fill", "zero", "contiguous", "lift_fresh", "alias"}
 _LIKE_POINTWISE |= {"_fused_dropout", "tril", "triu"}
 
 
@@ -406,37 +386,8 @@ def _nothing(at: Letterer) -> OpDims:
 
 
 _IMAGES = ("avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d")
-_SUMS = (
-    "sum",
-    "mean",
-    "amax",
-    "amin",
-    "var",
-    "var_mean",
-    "std",
-    "logsumexp",
-    "any",
-    "all",
-    "linalg_vector_norm",
-    "max",
-    "min",
-)
-_ATTENTIONS = (
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-)
-_ALONG = (
-    "_softmax",
-    "_safe_softmax",
-    "_log_softmax",
-    "cumsum",
-    "topk",
-    "sort",
-    "argmax",
-    "argmin",
-    "logcumsumexp",
-)
+_SUMS = ("sum", "mean", "amax", "amin", "var", "var_mean", "std", "logsumexp", "any", "all", "linalg_vector_norm", "max", "min")
+_ALONG = ("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "topk", "sort", "argmax", "argmin", "logcumsumexp")
 _RULES: dict[str, Callable[[Letterer], OpDims | None]] = {
     **dict.fromkeys(("mm", "addmm"), _mm),
     **dict.fromkeys(("bmm", "baddbmm"), _bmm),
@@ -455,7 +406,7 @@ _RULES: dict[str, Callable[[Letterer], OpDims | None]] = {
     **dict.fromkeys(("view_as_complex", "view_as_real"), _complex),
     "expand": _expanded,
     "_grouped_mm": _grouped_mm,
-    **dict.fromkeys(_ATTENTIONS, _attention),
+    **dict.fromkeys(costs.ATTENTION, _attention),
     "convolution": _convolution,
     "native_group_norm": _group_norm,
     "embedding": _embedding,

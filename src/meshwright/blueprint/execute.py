@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshwright._torch import DispatchMode, FakeMode, FakeTensor, is_in_place, tree_flatten, tree_unflatten
+from meshwright._torch import DispatchMode, FakeMode, FakeTensor, is_in_place, prim_device, tree_map_tensors
 
 aten = torch.ops.aten
-prim_device = torch.ops.prim.device.default
 
 LARGEST_REAL = 1 << 22  # elements: 32 MiB of int64, above which values are not worth their memory
 """Integer tensors up to this many elements are computed for real."""
@@ -81,8 +80,7 @@ class Execution(DispatchMode):
         tensors = operands(args, kwargs)
         fakes = sum(isinstance(tensor, FakeTensor) for tensor in tensors)
         if fakes < len(tensors) and any(t.is_meta and not isinstance(t, FakeTensor) for t in tensors):
-            leaves, spec = tree_flatten((args, kwargs))
-            args, kwargs = tree_unflatten([self._from_meta(leaf) for leaf in leaves], spec)
+            args, kwargs = tree_map_tensors(self._from_meta, (args, kwargs))
             tensors = operands(args, kwargs)
             fakes = len(tensors)
         if fakes:
@@ -121,14 +119,13 @@ class Execution(DispatchMode):
         with self.fake:
             return torch.empty_strided(shape, strides, dtype=a.dtype, device="cpu")
 
-    def _from_meta(self, leaf: Any) -> Any:
+    def _from_meta(self, tensor: torch.Tensor) -> torch.Tensor:
         """A meta tensor that is no parameter or buffer (a plain attribute) gets one stand-in for the whole capture."""
-        if not isinstance(leaf, torch.Tensor) or not leaf.is_meta or isinstance(leaf, FakeTensor):
-            return leaf
-        known = self._stand_ins.get(id(leaf))
-        if known is None:
-            known = self._stand_ins[id(leaf)] = (leaf, self.stand_in(leaf))
-        return known[1]
+        if not tensor.is_meta or isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in self._stand_ins:
+            self._stand_ins[id(tensor)] = (tensor, self.stand_in(tensor))
+        return self._stand_ins[id(tensor)][1]
 
 
 class Blank(DispatchMode):

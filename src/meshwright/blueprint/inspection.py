@@ -154,11 +154,10 @@ def _assemble(
     dtype: torch.dtype | None,
     device: str,
 ) -> Blueprint:
-    width, label = (dtype.itemsize, str(dtype).removeprefix("torch.")) if dtype is not None else (0, "")
     kinds: list[Unit] = []
     notes: list[str] = []
     for number, tape in enumerate(walks[0].kinds):
-        parameters = capture.parameter_records(module, f"{tape.name}.", (), width, label)
+        parameters = capture.parameter_records(module, f"{tape.name}.", (), dtype)
         kinds.append(capture.unit_of_kind(walks, number, module, parameters, sequence))
         if not capture.Pair(SIZES, tape.tape, walks[1].kinds[number].tape).agree:
             notes.append(f"{tape.name}: its ops depend on the batch size; amounts are taken as proportional to it")
@@ -166,16 +165,15 @@ def _assemble(
     if any("rnn_layer" in op.func.name() for tape in tapes for op in tape.ops):
         notes.append("oneDNN's recurrent kernel keeps a workspace that only a run can size: saved bytes leave it out")
     skip = tuple(f"{block}." for block in dict.fromkeys(call.name for call in walks[0].calls))
-    parameters = capture.parameter_records(module, "", skip, width, label)
+    parameters = capture.parameter_records(module, "", skip, dtype)
     rest = capture.unit_of_rest(walks, module, parameters, sequence)
-    first = next(module.parameters(), None)
     batch = capture.Pair(SIZES, walks[0].outside, walks[1].outside)
     declared = [n for n, value in enumerate(walks[0].outside.values) if value.role == "input" and value.producer == -1]
     called = {call.name for call in walks[0].calls}
     return Blueprint(
         model=name,
         class_name=type(module).__name__,
-        dtype=label or (str(first.dtype).removeprefix("torch.") if first is not None else "float32"),
+        dtype=_captured_dtype(module, dtype),
         batch=tuple(batch.tensor(number) for number in declared[: len(tensors_in(walks[0].batch))]),
         sequence=sequence,
         kinds=tuple(kinds),
@@ -192,25 +190,23 @@ def _assemble(
 
 def _by_structure(name: str, module: nn.Module, blocks: list[str], dtype: torch.dtype | None, note: str) -> Blueprint:
     """Blocks and parameters only, for a model that can't be captured."""
-    width, label = (dtype.itemsize, str(dtype).removeprefix("torch.")) if dtype is not None else (0, "")
     shapes = structures(module)
     families: dict[int, list[str]] = {}
     for block in blocks:
         families.setdefault(shapes[id(module.get_submodule(block))], []).append(block)
 
     def unit(members: list[str]) -> Unit:
-        parameters = capture.parameter_records(module, f"{members[0]}.", (), width, label)
+        parameters = capture.parameter_records(module, f"{members[0]}.", (), dtype)
         kind = type(module.get_submodule(members[0])).__name__
         return Unit(kind, tuple(members), parameters, (), (), (), (), ())
 
     kinds = [unit(members) for members in families.values()]
     calls = [Call(block, kind) for block in blocks for kind, unit in enumerate(kinds) if block in unit.instances]
-    rest = capture.parameter_records(module, "", tuple(f"{block}." for block in blocks), width, label)
-    first = next(module.parameters(), None)
+    rest = capture.parameter_records(module, "", tuple(f"{block}." for block in blocks), dtype)
     return Blueprint(
         model=name,
         class_name=type(module).__name__,
-        dtype=label or (str(first.dtype).removeprefix("torch.") if first is not None else "float32"),
+        dtype=_captured_dtype(module, dtype),
         batch=(),
         sequence=0,
         kinds=tuple(kinds),
@@ -222,3 +218,8 @@ def _by_structure(name: str, module: nn.Module, blocks: list[str], dtype: torch.
         captured=False,
         notes=(note,),
     )
+
+
+def _captured_dtype(module: nn.Module, dtype: torch.dtype | None) -> str:
+    first = next(module.parameters(), None)
+    return capture.dtype_name(dtype or (torch.float32 if first is None else first.dtype))

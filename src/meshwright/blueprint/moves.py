@@ -59,14 +59,13 @@ class Effect:
     mixed: list[Place] = field(default_factory=list)
 
 
-_VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten"}
 _SPLITS = {"split", "split_with_sizes", "chunk"}
 
 
 def spread(op: RawOp, values: Sequence[Value], labels: dict[Place, Label]) -> Effect:
     """The effect of the labels that an op's tensors have; only those of this op's tensors are looked at."""
     name = costs.base_name(op.func)
-    if name in _VIEWS:
+    if name in costs.RESHAPES:
         return _view(op, values, labels)
     if name in _SPLITS:
         return _split(op, values, labels)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from meshwright._torch import next_node_number, running_node_number, storage_key
+from meshwright._torch import next_node_number, prim_device, running_node_number, storage_key
 from meshwright.blueprint import costs
-from meshwright.blueprint.execute import Execution, prim_device, results
+from meshwright.blueprint.execute import Execution, results
 
 _SILENT = ("aten::detach", "aten::lift_fresh", "aten::is_same_size", "aten::_local_scalar_dense", "aten::alias")
 

@@ -15,14 +15,6 @@ from meshwright.partition.state import Axis, State
 
 aten = torch.ops.aten
 
-_RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
-ATTENTION = {
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-}
-
 
 def writes(func: Any) -> bool:
     """Whether an op writes into its first argument."""
@@ -83,7 +75,7 @@ class Attention:
 def attention(op: RawOp) -> tuple[Attention, list[Any]] | None:
     """The attention that a kernel op computes and its operands (query, key, value, mask or None); None for another op."""
     name = costs.base_name(op.func)
-    if name not in ATTENTION:
+    if name not in costs.ATTENTION:
         return None
     arguments = {a.name: value for a, value in zip(op.func._schema.arguments, op.args, strict=False)} | op.kwargs
     made = Attention(arguments.get("dropout_p", 0.0), bool(arguments.get("is_causal", False)), arguments.get("scale"))
@@ -103,7 +95,7 @@ def localize(
 ) -> tuple[Any, tuple[Any, ...]]:
     """The function and arguments for this rank's part of an op: `shapes` are its results', `source` its first operand's state."""
     name = costs.base_name(op.func)
-    if name in _RESHAPES and op.func is not aten.view.dtype:
+    if name in costs.RESHAPES and op.func is not aten.view.dtype:
         return aten.reshape.default, (args[0], list(shapes[0]))
     if name == "expand":
         return op.func, (args[0], list(shapes[0]), *args[2:])

@@ -288,7 +288,7 @@ def _earlier_collective(run: Pass, op: TracedOp) -> bool:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("addmm", "baddbmm"), _biased_product),
     **dict.fromkeys(("sum", "mean"), _reduction),
-    **dict.fromkeys(arguments.ATTENTION, _attention),
+    **dict.fromkeys(costs.ATTENTION, _attention),
     **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"), _batch_norm),
     **dict.fromkeys(("copy", "share", "reduce", "reducescatter", "gather", "take", "exchange"), _earlier_collective),
     **dict.fromkeys(("attention", "causal", "ring"), _earlier_attention),

@@ -389,22 +389,20 @@ def trace(subject: Subject, function: Callable[[Any], Any], batch: Any) -> Trace
 
 
 def _attempt(subject: Subject, function: Callable[[Any], Any], batch: Any, opaque: frozenset[str]) -> Trace:
-    leaves, spec = _torch.tree_flatten(batch)
     tracer = _Tracer(frozenset(subject.units))
     tracer.attributes = {id(value) for module in subject.model.modules() for value in vars(module).values()}
     found = Trace()
     plain = plain_attributes(subject.model)
     state = _stand_ins(subject, tracer, found)
-    changed = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            stand_in = tracer.imitation(leaf)
-            number = tracer.declare(stand_in, "input", "")
-            found.inputs[number] = len(found.inputs)
-            tracer.taint[number] = BATCH
-            changed.append(stand_in)
-        else:
-            changed.append(leaf)
+
+    def given(tensor: Tensor) -> Tensor:
+        stand_in = tracer.imitation(tensor)
+        number = tracer.declare(stand_in, "input", "")
+        found.inputs[number] = len(found.inputs)
+        tracer.taint[number] = BATCH
+        return stand_in
+
+    inputs = _torch.tree_map_tensors(given, batch)
     try:
         with (
             untouched(subject.model),
@@ -417,7 +415,7 @@ def _attempt(subject: Subject, function: Callable[[Any], Any], batch: Any, opaqu
             for path in opaque:
                 module = subject.model.get_submodule(path)
                 module.__dict__["forward"] = _stand_in(tracer, path, module)
-            output, after = run_with(subject.model, state, function, _torch.tree_unflatten(changed, spec))
+            output, after = run_with(subject.model, state, function, inputs)
             _write_back(found, state, after)
             found.changes = _changes(subject.model, plain)
     except (_DependsOnComputed, MeshwrightError):
