@@ -9,7 +9,8 @@ from torch import nn
 import meshwright as mw
 import ranks
 import zoo
-from meshwright.parallel.auto import choose, divides
+from meshwright.blueprint.sample import reading
+from meshwright.parallel.auto import choose, choose_here, divides
 from meshwright.plan import Plan
 
 
@@ -70,3 +71,19 @@ def test_all_ranks_get_one_plan_and_train() -> None:
     assert len({plan for plan, _ in found}) == 1
     assert mw.Plan.parse(found[0][0]).degree_product() == 2
     assert found[0][1] == found[1][1] > 0
+
+
+def test_the_model_is_read_as_it_will_be_called() -> None:
+    read: list[bool] = []
+
+    def forward_fn(model: Any, batch: Any) -> torch.Tensor:
+        read.append(True)
+        return model(batch["left"], batch["right"])
+
+    batch = {"left": torch.randn(4, 3), "right": torch.randn(4, 3)}
+    choose_here(nn.Bilinear(3, 3, 2), "auto", batch, forward_fn, lambda output, _: output.square().mean())
+    assert read
+    works = divides(
+        nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), torch.randn(4, 4), reading(lambda m, b: m(b), lambda o, _: o.mean())
+    )
+    assert works(Plan.parse("tp=2"))

@@ -18,6 +18,7 @@ from meshwright.blueprint.blocks import block_names
 from meshwright.errors import ConfigError, ModelError, PlanError
 from meshwright.parallel.pipeline import receipts
 from meshwright.parallel.preview import preview
+from meshwright.partition.arguments import is_random
 from meshwright.partition.deferred import Queue, defer, settle
 from meshwright.partition.program import Program
 from meshwright.partition.stages import cut, edges
@@ -264,3 +265,29 @@ def test_what_cannot_run_is_refused_in_one_sentence_with_what_can() -> None:
     assert "split=4,4" in split
     assert "engine.step(batch)" in by_hand
     assert all("\n" not in message for message in (missing, stages, blocks, split, by_hand))
+
+
+class Noisy(nn.Module):
+    """Noise that is added before the blocks and taken away behind them; attention with dropout, drawn by its kernel."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn(len(x), 4, 8, dtype=x.dtype)
+        x = x + noise
+        for layer in self.layers:
+            heads = layer(x)[:, None]
+            x = F.scaled_dot_product_attention(heads, heads, heads, dropout_p=self.dropout)[:, 0]
+        return x - noise
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_random_numbers_that_two_stages_use_are_drawn_once(dropout: float) -> None:
+    model, batch = Noisy(dropout).double(), torch.randn(3, 4, 8, dtype=torch.float64)
+    first, last = cut(traced(model, lambda b: model(b).square().mean(), batch), [2, 4])
+    drawn = [sum(is_random(op) for op in piece.trace.ops) for piece in (first, last)]
+    assert sum(drawn) == (1 if dropout == 0.0 else 5)
+    assert drawn[0] > 0

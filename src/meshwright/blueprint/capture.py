@@ -7,15 +7,17 @@ of the second run, taken as proportional to the micro-batch, and the Blueprint s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from meshwright.blueprint import costs
 from meshwright.blueprint.record import Count, Op, ParameterRecord, Peak, Saved, TensorRecord, Unit
 from meshwright.blueprint.regions import Findings, find
-from meshwright.blueprint.tape import RawOp, Tape, Value
+from meshwright.blueprint.tape import CostedOp, Tape, Value
 from meshwright.blueprint.walk import UnitTape, Walk
 
 
@@ -36,7 +38,7 @@ class Pair:
         """The most bytes alive over some of the ops."""
         return Peak.over(map(self.count, self.first.levels[ops], self.second.levels[ops]))
 
-    def ops(self) -> Iterable[tuple[RawOp, RawOp]]:
+    def ops(self) -> Iterable[tuple[CostedOp, CostedOp]]:
         """The ops of both tapes side by side."""
         return zip(self.first.ops, self.second.ops, strict=True)
 
@@ -45,45 +47,43 @@ class Pair:
         one, two = self.first.values[number].shape, self.second.values[number].shape
         return tuple(self.count(a, b) for a, b in zip(one, two, strict=True))
 
+    def bytes(self, numbers: Iterable[int]) -> Count:
+        """What some values hold together."""
+        return Count.total(self.tensor(number).bytes for number in numbers)
+
     def tensor(self, number: int, name: str = "", recomputable: bool = False) -> TensorRecord:
         """The record of a value as something that crosses a boundary."""
         one, two = self.first.values[number], self.second.values[number]
-        dtype = str(one.dtype).removeprefix("torch.")
         size = self.count(_dense_bytes(one), _dense_bytes(two))
-        return TensorRecord(name, self.shape(number), dtype, size, one.needs_gradient, recomputable)
+        return TensorRecord(name, self.shape(number), dtype_name(one.dtype), size, one.needs_gradient, recomputable)
 
 
 def _dense_bytes(value: Value) -> int:
-    total = value.dtype.itemsize
-    for size in value.shape:
-        total *= size
-    return total
+    return math.prod(value.shape) * value.dtype.itemsize
 
 
 def parameter_records(
-    model: nn.Module, prefix: str, skip: tuple[str, ...], dtype_bytes: int, dtype: str
+    model: nn.Module, prefix: str, skip: tuple[str, ...], dtype: torch.dtype | None
 ) -> tuple[ParameterRecord, ...]:
-    """Parameters and buffers under `prefix`, less those under `skip`; floats as they were captured (`dtype`, if not
-    empty).
-    """
+    """Parameters and buffers under `prefix`, less those under `skip`; floats as captured (in `dtype`, if there is one)."""
     first: dict[int, str] = {}
     records = []
-    groups = [
-        (model.named_parameters(remove_duplicate=False), False),
-        (model.named_buffers(remove_duplicate=False), True),
-    ]
-    for named, is_buffer in groups:
-        for name, tensor in named:
-            owner = first.setdefault(id(tensor), name)
-            if not name.startswith(prefix) or name.startswith(skip):
-                continue
-            captured = dtype and tensor.is_floating_point()
-            size = tensor.numel() * (dtype_bytes if captured else tensor.element_size())
-            kind = dtype if captured else str(tensor.dtype).removeprefix("torch.")
-            shared = owner if owner != name else ""
-            trains = tensor.requires_grad and not is_buffer
-            records.append(ParameterRecord(name.removeprefix(prefix), tuple(tensor.shape), kind, size, trains, is_buffer, shared))
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        owner = first.setdefault(id(tensor), name)
+        if not name.startswith(prefix) or name.startswith(skip):
+            continue
+        held = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        trains, is_buffer = tensor.requires_grad, not isinstance(tensor, nn.Parameter)
+        tied = owner if owner != name else ""
+        size, kind = tensor.numel() * held.itemsize, dtype_name(held)
+        own = name.removeprefix(prefix)
+        records.append(ParameterRecord(own, tuple(tensor.shape), kind, size, trains and not is_buffer, is_buffer, tied))
     return tuple(records)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def unit_of_kind(
@@ -94,21 +94,11 @@ def unit_of_kind(
     pair = Pair((walks[0].items, walks[1].items), first.tape, second.tape)
     if not pair.agree:
         pair = Pair(pair.sizes, _scaled(second, walks[0].items, walks[1].items), second.tape)
-    findings = find(first.tape, first.forward_ops, first.outputs, sequence)
-    forward, backward = op_records(pair, first.forward_ops, findings)
-    names = tuple(dict.fromkeys(call.name for call in walks[0].calls if call.kind == kind))
-    return Unit(
+    findings = find(first.tape.ops[: first.forward_ops], first.tape.values, first.outputs, sequence, size=pair.bytes)
+    return replace(
+        _unit(pair, first.forward_ops, findings, (first.inputs, first.outputs), set(first.outputs), parameters),
         class_name=type(model.get_submodule(first.name)).__name__,
-        instances=names,
-        parameters=parameters,
-        inputs=tuple(pair.tensor(number) for number in first.inputs),
-        outputs=tuple(pair.tensor(number) for number in first.outputs),
-        forward=forward,
-        backward=backward,
-        saved=saved_records(pair, first.forward_ops, set(first.outputs), findings),
-        regions=_sized(findings, pair),
-        experts=findings.experts,
-        whole=tuple(findings.refusals.items()),
+        instances=tuple(dict.fromkeys(call.name for call in walks[0].calls if call.kind == kind)),
         forward_peak=pair.peak(slice(0, first.forward_ops)),
         backward_peak=pair.peak(slice(first.forward_ops, None)),
     )
@@ -117,21 +107,36 @@ def unit_of_kind(
 def unit_of_rest(walks: tuple[Walk, Walk], model: nn.Module, parameters: tuple[ParameterRecord, ...], sequence: int) -> Unit:
     """The record of what lies outside the blocks."""
     one, two = walks
-    pair = Pair((one.items, two.items), one.outside, two.outside)
-    findings = find(one.outside, one.outside_forward_ops, one.output_numbers, sequence, open_ended=True)
-    forward, backward = op_records(pair, one.outside_forward_ops, findings)
-    inputs = [n for n, value in enumerate(one.outside.values) if value.role == "input" and value.producer == -1]
+    pair, n_forward, values = Pair((one.items, two.items), one.outside, two.outside), one.outside_forward_ops, one.outside.values
+    findings = find(one.outside.ops[:n_forward], values, one.output_numbers, sequence, open_ended=True, size=pair.bytes)
+    inputs = [n for n, value in enumerate(values) if value.role == "input" and value.producer == -1]
     entering = {number for call in one.calls for number in call.inputs}
+    return replace(
+        _unit(pair, n_forward, findings, (inputs, one.output_numbers), entering, parameters), class_name=type(model).__name__
+    )
+
+
+def _unit(
+    pair: Pair,
+    n_forward: int,
+    findings: Findings,
+    crossing: tuple[list[int], list[int]],
+    leaving: set[int],
+    parameters: tuple[ParameterRecord, ...],
+) -> Unit:
+    """What both kinds of units have in common: `crossing` are inputs and outputs, `leaving` the values handed to other units."""
+    forward, backward = op_records(pair, n_forward, findings)
+    inputs, outputs = (tuple(pair.tensor(number) for number in numbers) for numbers in crossing)
     return Unit(
-        class_name=type(model).__name__,
+        class_name="",
         instances=(),
         parameters=parameters,
-        inputs=tuple(pair.tensor(number) for number in inputs),
-        outputs=tuple(pair.tensor(number) for number in one.output_numbers),
+        inputs=inputs,
+        outputs=outputs,
         forward=forward,
         backward=backward,
-        saved=saved_records(pair, one.outside_forward_ops, entering, findings),
-        regions=_sized(findings, pair),
+        saved=saved_records(pair, n_forward, leaving, findings),
+        regions=tuple(findings.regions),
         experts=findings.experts,
         whole=tuple(findings.refusals.items()),
     )
@@ -209,27 +214,16 @@ def saved_records(pair: Pair, n_forward: int, leaving: set[int], findings: Findi
                 bytes=pair.count(one.bytes, two.bytes),
                 role=role,
                 shape=pair.shape(one.value),
-                dtype=str(value.dtype).removeprefix("torch."),
+                dtype=dtype_name(value.dtype),
                 name=value.name,
                 producer=producers.get(value.storage, -1),
                 savers=tuple(dict.fromkeys(makers[node] for node in one.nodes if node in makers)),
                 output=value.storage in given_out and role == "activation",
                 region=findings.region_of_value.get(one.value, -1),
-                has_sequence=one.value in findings.sequence_values,
                 position=value.position,
             )
         )
     return tuple(records)
-
-
-def _sized(findings: Findings, pair: Pair) -> tuple:  # type: ignore[type-arg]
-    def size(numbers: Iterable[int]) -> Count:
-        return Count.total(pair.tensor(number).bytes for number in numbers)
-
-    return tuple(
-        replace(region, reduced_bytes=size(found.reduced), entered_bytes=size(found.entered))
-        for region, found in zip(findings.regions, findings.sizes, strict=True)
-    )
 
 
 def whole_saved(walks: tuple[Walk, Walk]) -> Count:

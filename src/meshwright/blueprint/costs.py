@@ -14,51 +14,15 @@ import torch
 from torch.utils.flop_counter import flop_registry
 
 from meshwright._torch import is_functional_view
-from meshwright.blueprint.execute import operands as tensors_of
+from meshwright.blueprint import execute
 
 aten = torch.ops.aten
 
 _MATMULS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "addmv", "mv", "dot", "mkldnn_rnn_layer"}
 _EMBEDDINGS = {"embedding", "embedding_dense_backward", "_embedding_bag", "_embedding_bag_forward_only"}
-_ROUTING = {
-    "topk",
-    "sort",
-    "argsort",
-    "nonzero",
-    "one_hot",
-    "bincount",
-    "histc",
-    "index",
-    "index_put",
-    "index_add",
-    "gather",
-}
-_ROUTING |= {
-    "scatter",
-    "scatter_add",
-    "index_select",
-    "unique",
-    "_unique2",
-    "searchsorted",
-    "masked_select",
-    "index_copy",
-}
-_REDUCTIONS = {
-    "sum",
-    "mean",
-    "amax",
-    "amin",
-    "max",
-    "min",
-    "prod",
-    "var",
-    "var_mean",
-    "std",
-    "any",
-    "all",
-    "argmax",
-    "argmin",
-}
+_ROUTING = {"topk", "sort", "argsort", "nonzero", "one_hot", "bincount", "histc", "index", "index_put", "index_add", "gather"}
+_ROUTING |= {"scatter", "scatter_add", "index_select", "unique", "_unique2", "searchsorted", "masked_select", "index_copy"}
+_REDUCTIONS = {"sum", "mean", "amax", "amin", "max", "min", "prod", "var", "var_mean", "std", "any", "all", "argmax", "argmin"}
 _REDUCTIONS |= {
     "_safe_softmax",
     "_softmax",
@@ -70,6 +34,13 @@ _REDUCTIONS |= {
 }
 _REDUCTIONS |= {"cumsum", "linalg_vector_norm", "nll_loss_forward", "nll_loss_backward", "mse_loss", "cumprod"}
 _GATHERS = {"embedding", "index", "gather", "index_select", "slice", "select"}
+RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
+ATTENTION = {
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+}
 _FREE = {"detach", "lift_fresh", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "alias"}
 
 
@@ -171,8 +142,8 @@ def traffic(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[int, int]:
     """Bytes read and written by one call."""
     if kind_of(func) == "view":
         return 0, 0
-    operands = {id(x): x for x in tensors_of(args, kwargs)}
-    results = {id(x): x for x in tensors_of(result if isinstance(result, tuple | list) else (result,), {})}
+    operands = {id(x): x for x in execute.operands(args, kwargs)}
+    results = {id(x): x for x in execute.results(result)}
     written = sum(map(tensor_bytes, results.values()))
     name = base_name(func)
     in_place = any(key in operands for key in results)

@@ -9,14 +9,14 @@ nothing is claimed about it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from meshwright.blueprint import costs
-from meshwright.blueprint.tape import RawOp, Ref, Tape
+from meshwright.blueprint.tape import RawOp, Ref, Value
 
 Letters = list[int]
 NONE = -1
@@ -37,8 +37,8 @@ class OpDims:
 class Letterer:
     """Hands out letters for one op and looks up the op's operands."""
 
-    def __init__(self, op: RawOp, tape: Tape) -> None:
-        self.op, self.tape = op, tape
+    def __init__(self, op: RawOp, values: Sequence[Value]) -> None:
+        self.op, self.values = op, values
         self._next = itertools.count()
 
     def new(self, count: int) -> Letters:
@@ -46,8 +46,8 @@ class Letterer:
         return [next(self._next) for _ in range(count)]
 
     def shape(self, number: int) -> tuple[int, ...]:
-        """Shape of a value on the tape."""
-        return self.tape.values[number].shape
+        """Shape of a value."""
+        return self.values[number].shape
 
     def arg(self, place: int, name: str = "", default: Any = None) -> Any:
         """An argument by place or name."""
@@ -61,9 +61,9 @@ class Letterer:
         return int(value) % max(size, 1)
 
 
-def describe(op: RawOp, tape: Tape) -> OpDims:
-    """The dims of one forward op."""
-    letterer = Letterer(op, tape)
+def describe(op: RawOp, values: Sequence[Value]) -> OpDims:
+    """The dims of one forward op among numbered values."""
+    letterer = Letterer(op, values)
     name = costs.base_name(op.func)
     rule = _RULES.get(name)
     if rule is None and (torch.Tag.pointwise in op.func.tags or name in _LIKE_POINTWISE):
@@ -79,28 +79,8 @@ def _unknown(at: Letterer) -> OpDims:
     return OpDims(inputs, outputs, whole=letters, known=False)
 
 
-_LIKE_POINTWISE = {
-    "clone",
-    "_to_copy",
-    "copy",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "masked_fill",
-    "where",
-}
-_LIKE_POINTWISE |= {
-    "native_dropout",
-    "bernoulli",
-    "rand_like",
-    "detach",
-    "fill",
-    "zero",
-    "contiguous",
-    "lift_fresh",
-    "alias",
-}
+_LIKE_POINTWISE = {"clone", "_to_copy", "copy", "zeros_like", "ones_like", "full_like", "empty_like", "masked_fill", "where"}
+_LIKE_POINTWISE |= {"native_dropout", "bernoulli", "rand_like", "detach", "fill", "zero", "contiguous", "lift_fresh", "alias"}
 _LIKE_POINTWISE |= {"_fused_dropout", "tril", "triu"}
 
 
@@ -292,7 +272,7 @@ def _index(at: Letterer) -> OpDims | None:
     letters = at.new(len(shape))
     used = [place for place, index in enumerate(indices) if isinstance(index, Ref)]
     ranks = [len(at.shape(indices[place].number)) for place in used]
-    if not used or any(at.tape.values[indices[p].number].dtype == torch.bool for p in used):
+    if not used or any(at.values[indices[p].number].dtype == torch.bool for p in used):
         return None
     shapes = [at.shape(indices[p].number) for p in used]
     index_shape = tuple(max(shape[-d] for shape in shapes if len(shape) >= d) for d in range(max(ranks), 0, -1))
@@ -406,37 +386,8 @@ def _nothing(at: Letterer) -> OpDims:
 
 
 _IMAGES = ("avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d")
-_SUMS = (
-    "sum",
-    "mean",
-    "amax",
-    "amin",
-    "var",
-    "var_mean",
-    "std",
-    "logsumexp",
-    "any",
-    "all",
-    "linalg_vector_norm",
-    "max",
-    "min",
-)
-_ATTENTIONS = (
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-)
-_ALONG = (
-    "_softmax",
-    "_safe_softmax",
-    "_log_softmax",
-    "cumsum",
-    "topk",
-    "sort",
-    "argmax",
-    "argmin",
-    "logcumsumexp",
-)
+_SUMS = ("sum", "mean", "amax", "amin", "var", "var_mean", "std", "logsumexp", "any", "all", "linalg_vector_norm", "max", "min")
+_ALONG = ("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "topk", "sort", "argmax", "argmin", "logcumsumexp")
 _RULES: dict[str, Callable[[Letterer], OpDims | None]] = {
     **dict.fromkeys(("mm", "addmm"), _mm),
     **dict.fromkeys(("bmm", "baddbmm"), _bmm),
@@ -455,7 +406,7 @@ _RULES: dict[str, Callable[[Letterer], OpDims | None]] = {
     **dict.fromkeys(("view_as_complex", "view_as_real"), _complex),
     "expand": _expanded,
     "_grouped_mm": _grouped_mm,
-    **dict.fromkeys(_ATTENTIONS, _attention),
+    **dict.fromkeys(costs.ATTENTION, _attention),
     "convolution": _convolution,
     "native_group_norm": _group_norm,
     "embedding": _embedding,

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshwright._torch import DispatchMode, FakeMode, FakeTensor, is_in_place, tree_flatten, tree_unflatten
+from meshwright._torch import DispatchMode, FakeMode, FakeTensor, is_in_place, prim_device, tree_map_tensors
 
 aten = torch.ops.aten
-prim_device = torch.ops.prim.device.default
 
 LARGEST_REAL = 1 << 22  # elements: 32 MiB of int64, above which values are not worth their memory
 """Integer tensors up to this many elements are computed for real."""
@@ -36,6 +35,11 @@ def operands(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
         elif isinstance(value, list | tuple):
             found += [item for item in value if isinstance(item, torch.Tensor)]
     return found
+
+
+def results(result: Any) -> list[torch.Tensor]:
+    """The tensors that an ATen op has returned, in order."""
+    return operands(result if isinstance(result, tuple | list) else (result,), {})
 
 
 class Execution(DispatchMode):
@@ -58,6 +62,13 @@ class Execution(DispatchMode):
             made.requires_grad_()
         return made
 
+    def imitation(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A stand-in; for a small integer tensor that has values a copy, since a model's Python may look at them."""
+        has_values = not (tensor.is_meta or isinstance(tensor, FakeTensor) or tensor.is_floating_point() or tensor.is_complex())
+        if has_values and tensor.numel() <= LARGEST_REAL:
+            return tensor.detach().cpu().clone()
+        return self.stand_in(tensor, dtype)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op; subclasses record it."""
         return self.run(func, args, kwargs or {})
@@ -69,8 +80,7 @@ class Execution(DispatchMode):
         tensors = operands(args, kwargs)
         fakes = sum(isinstance(tensor, FakeTensor) for tensor in tensors)
         if fakes < len(tensors) and any(t.is_meta and not isinstance(t, FakeTensor) for t in tensors):
-            leaves, spec = tree_flatten((args, kwargs))
-            args, kwargs = tree_unflatten([self._from_meta(leaf) for leaf in leaves], spec)
+            args, kwargs = tree_map_tensors(self._from_meta, (args, kwargs))
             tensors = operands(args, kwargs)
             fakes = len(tensors)
         if fakes:
@@ -87,7 +97,7 @@ class Execution(DispatchMode):
             return func(*args, **kwargs)
         with self.fake:
             result = func(*args, **kwargs)
-        made = operands(result if isinstance(result, tuple | list) else (result,), {})
+        made = results(result)
         # A float scalar may steer Python (a layer is dropped if `torch.rand([])` is small); larger floats are
         # activations.
         small = all(tensor.numel() <= LARGEST_REAL for tensor in made)
@@ -109,14 +119,13 @@ class Execution(DispatchMode):
         with self.fake:
             return torch.empty_strided(shape, strides, dtype=a.dtype, device="cpu")
 
-    def _from_meta(self, leaf: Any) -> Any:
+    def _from_meta(self, tensor: torch.Tensor) -> torch.Tensor:
         """A meta tensor that is no parameter or buffer (a plain attribute) gets one stand-in for the whole capture."""
-        if not isinstance(leaf, torch.Tensor) or not leaf.is_meta or isinstance(leaf, FakeTensor):
-            return leaf
-        known = self._stand_ins.get(id(leaf))
-        if known is None:
-            known = self._stand_ins[id(leaf)] = (leaf, self.stand_in(leaf))
-        return known[1]
+        if not tensor.is_meta or isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in self._stand_ins:
+            self._stand_ins[id(tensor)] = (tensor, self.stand_in(tensor))
+        return self._stand_ins[id(tensor)][1]
 
 
 class Blank(DispatchMode):

@@ -17,12 +17,13 @@ from meshwright.blueprint.execute import build_on_meta
 from meshwright.blueprint.failures import capture_error
 from meshwright.blueprint.kernels import CudaKernels
 from meshwright.blueprint.record import Blueprint, Call, Unit
-from meshwright.blueprint.sample import ForwardFn, LossFn, batch_items
+from meshwright.blueprint.running import Function
+from meshwright.blueprint.sample import ForwardFn, LossFn, batch_items, reading
 from meshwright.blueprint.spec import ModelSpec, parse_spec
 from meshwright.blueprint.tape import Recorder
 from meshwright.blueprint.trees import tensors_in
-from meshwright.blueprint.walk import Subject, Walk, Walker, stand_in_state, untouched
-from meshwright.errors import ModelError
+from meshwright.blueprint.walk import Subject, Walk, Walker, stand_in_state
+from meshwright.errors import MeshwrightError, ModelError
 
 SIZES = (2, 3)
 """Micro-batch sizes of the two captures. Not 1: a dim of size one takes paths (broadcasts, free reshapes) that others
@@ -59,8 +60,8 @@ def inspect(
     name, module, batch, sequence, loss_fn = _subject(model, batch, seq, loss_fn)
     blocks = block_names(module)
     try:
-        walks, blocks = _walk_twice(module, blocks, batch, dtype, forward_fn, loss_fn, device)
-    except ModelError as error:
+        walks, blocks = _walk_twice(module, blocks, batch, dtype, reading(forward_fn, loss_fn)(module), device)
+    except MeshwrightError as error:
         if strict:
             raise
         return _by_structure(name, module, blocks, dtype, str(error))
@@ -95,16 +96,15 @@ def _walk_twice(
     blocks: list[str],
     batch: Any,
     dtype: torch.dtype | None,
-    forward_fn: ForwardFn | None,
-    loss_fn: LossFn | None,
+    function: Function,
     device: str,
 ) -> tuple[tuple[Walk, Walk], list[str]]:
     recorder = Recorder()
     kernels = CudaKernels(recorder) if device == "cuda" else contextlib.nullcontext()
-    subject = Subject(module, stand_in_state(module, recorder, dtype), batch, dtype, forward_fn, loss_fn)
+    subject = Subject(module, stand_in_state(module, recorder, dtype), batch, dtype, function)
     try:
         # A capture may draw numbers for real (whether to drop a layer): the user's random state is not to move.
-        with warnings.catch_warnings(), _quiet(), untouched(module), torch.random.fork_rng(devices=[]), kernels:
+        with warnings.catch_warnings(), _quiet(), torch.random.fork_rng(devices=[]), kernels:
             warnings.simplefilter("ignore")  # advice about the stand-in tensors is not for the user
             first = Walker(subject, recorder, blocks, SIZES[0], None).run()
             shared = _called_again(module, blocks, first)
@@ -112,7 +112,7 @@ def _walk_twice(
                 blocks = [*blocks, *shared]
                 first = Walker(subject, recorder, blocks, SIZES[0], None).run()
             second = Walker(subject, recorder, blocks, SIZES[1], first).run()
-    except ModelError:
+    except MeshwrightError:
         raise
     except Exception as error:
         raise capture_error(error, recorder.modules[-1] if recorder.modules else "") from error
@@ -154,11 +154,10 @@ def _assemble(
     dtype: torch.dtype | None,
     device: str,
 ) -> Blueprint:
-    width, label = (dtype.itemsize, str(dtype).removeprefix("torch.")) if dtype is not None else (0, "")
     kinds: list[Unit] = []
     notes: list[str] = []
     for number, tape in enumerate(walks[0].kinds):
-        parameters = capture.parameter_records(module, f"{tape.name}.", (), width, label)
+        parameters = capture.parameter_records(module, f"{tape.name}.", (), dtype)
         kinds.append(capture.unit_of_kind(walks, number, module, parameters, sequence))
         if not capture.Pair(SIZES, tape.tape, walks[1].kinds[number].tape).agree:
             notes.append(f"{tape.name}: its ops depend on the batch size; amounts are taken as proportional to it")
@@ -166,16 +165,15 @@ def _assemble(
     if any("rnn_layer" in op.func.name() for tape in tapes for op in tape.ops):
         notes.append("oneDNN's recurrent kernel keeps a workspace that only a run can size: saved bytes leave it out")
     skip = tuple(f"{block}." for block in dict.fromkeys(call.name for call in walks[0].calls))
-    parameters = capture.parameter_records(module, "", skip, width, label)
+    parameters = capture.parameter_records(module, "", skip, dtype)
     rest = capture.unit_of_rest(walks, module, parameters, sequence)
-    first = next(module.parameters(), None)
     batch = capture.Pair(SIZES, walks[0].outside, walks[1].outside)
     declared = [n for n, value in enumerate(walks[0].outside.values) if value.role == "input" and value.producer == -1]
     called = {call.name for call in walks[0].calls}
     return Blueprint(
         model=name,
         class_name=type(module).__name__,
-        dtype=label or (str(first.dtype).removeprefix("torch.") if first is not None else "float32"),
+        dtype=_captured_dtype(module, dtype),
         batch=tuple(batch.tensor(number) for number in declared[: len(tensors_in(walks[0].batch))]),
         sequence=sequence,
         kinds=tuple(kinds),
@@ -192,25 +190,23 @@ def _assemble(
 
 def _by_structure(name: str, module: nn.Module, blocks: list[str], dtype: torch.dtype | None, note: str) -> Blueprint:
     """Blocks and parameters only, for a model that can't be captured."""
-    width, label = (dtype.itemsize, str(dtype).removeprefix("torch.")) if dtype is not None else (0, "")
     shapes = structures(module)
     families: dict[int, list[str]] = {}
     for block in blocks:
         families.setdefault(shapes[id(module.get_submodule(block))], []).append(block)
 
     def unit(members: list[str]) -> Unit:
-        parameters = capture.parameter_records(module, f"{members[0]}.", (), width, label)
+        parameters = capture.parameter_records(module, f"{members[0]}.", (), dtype)
         kind = type(module.get_submodule(members[0])).__name__
         return Unit(kind, tuple(members), parameters, (), (), (), (), ())
 
     kinds = [unit(members) for members in families.values()]
     calls = [Call(block, kind) for block in blocks for kind, unit in enumerate(kinds) if block in unit.instances]
-    rest = capture.parameter_records(module, "", tuple(f"{block}." for block in blocks), width, label)
-    first = next(module.parameters(), None)
+    rest = capture.parameter_records(module, "", tuple(f"{block}." for block in blocks), dtype)
     return Blueprint(
         model=name,
         class_name=type(module).__name__,
-        dtype=label or (str(first.dtype).removeprefix("torch.") if first is not None else "float32"),
+        dtype=_captured_dtype(module, dtype),
         batch=(),
         sequence=0,
         kinds=tuple(kinds),
@@ -222,3 +218,8 @@ def _by_structure(name: str, module: nn.Module, blocks: list[str], dtype: torch.
         captured=False,
         notes=(note,),
     )
+
+
+def _captured_dtype(module: nn.Module, dtype: torch.dtype | None) -> str:
+    first = next(module.parameters(), None)
+    return capture.dtype_name(dtype or (torch.float32 if first is None else first.dtype))

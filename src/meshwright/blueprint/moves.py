@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from meshwright.blueprint import costs
 from meshwright.blueprint.dims import NONE, describe
-from meshwright.blueprint.tape import RawOp, Ref, Tape
+from meshwright.blueprint.tape import RawOp, Ref, Value
 
 Place = tuple[int, int]
 """A value's number and one of its dims."""
@@ -58,28 +59,27 @@ class Effect:
     mixed: list[Place] = field(default_factory=list)
 
 
-_VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten"}
 _SPLITS = {"split", "split_with_sizes", "chunk"}
 
 
-def spread(op: RawOp, tape: Tape, labels: dict[Place, Label]) -> Effect:
+def spread(op: RawOp, values: Sequence[Value], labels: dict[Place, Label]) -> Effect:
     """The effect of the labels that an op's tensors have; only those of this op's tensors are looked at."""
     name = costs.base_name(op.func)
-    if name in _VIEWS:
-        return _view(op, tape, labels)
+    if name in costs.RESHAPES:
+        return _view(op, values, labels)
     if name in _SPLITS:
-        return _split(op, tape, labels)
+        return _split(op, values, labels)
     if name == "cat":
-        return _cat(op, tape, labels)
+        return _cat(op, values, labels)
     if name == "slice":
-        sliced = _slice(op, tape, labels)
+        sliced = _slice(op, values, labels)
         if sliced is not None:
             return sliced
-    return _lettered(op, tape, labels)
+    return _lettered(op, values, labels)
 
 
-def _lettered(op: RawOp, tape: Tape, labels: dict[Place, Label]) -> Effect:
-    described = describe(op, tape)
+def _lettered(op: RawOp, values: Sequence[Value], labels: dict[Place, Label]) -> Effect:
+    described = describe(op, values)
     sides = [*described.inputs, *described.outputs]
     places: dict[int, list[Place]] = {}
     for number, letters in sides:
@@ -94,14 +94,14 @@ def _lettered(op: RawOp, tape: Tape, labels: dict[Place, Label]) -> Effect:
         if letter in described.whole:
             effect.mixed += [place for place in members if place in labels]
             effect.blocked = effect.blocked or f"{op.func} needs the dim whole"
-            size = tape.values[members[0][0]].shape[members[0][1]]
+            size = values[members[0][0]].shape[members[0][1]]
             if costs.base_name(op.func) in ("select", "unbind") and 1 < size <= 16:
                 effect.hint = Label(size, (1,))
             continue
         if letter in described.summed:
             effect.closes = True
         for number, dim in members:
-            fitted = _fit(label, tape.values[number].shape[dim])
+            fitted = _fit(label, values[number].shape[dim])
             if fitted is None:
                 effect.blocked = f"{op.func} joins dims that are cut differently"
             elif (number, dim) not in labels:
@@ -138,16 +138,16 @@ def _groups(a: tuple[int, ...], b: tuple[int, ...]) -> list[tuple[list[int], lis
     return found
 
 
-def _view(op: RawOp, tape: Tape, labels: dict[Place, Label]) -> Effect:
+def _view(op: RawOp, values: Sequence[Value], labels: dict[Place, Label]) -> Effect:
     source, result = op.inputs[0], op.outputs[0]
-    shapes = tape.values[source].shape, tape.values[result].shape
+    shapes = values[source].shape, values[result].shape
     if 0 in shapes[0] or math.prod(shapes[0]) != math.prod(shapes[1]):
-        return _lettered(op, tape, labels)
+        return _lettered(op, values, labels)
     effect = Effect()
     for left, right in _groups(*shapes):
         for here, there, dims, others in ((source, result, left, right), (result, source, right, left)):
-            sizes = tape.values[here].shape
-            target = [tape.values[there].shape[d] for d in others]
+            sizes = values[here].shape
+            target = [values[there].shape[d] for d in others]
             for dim in dims:
                 label = labels.get((here, dim))
                 if label is None or any((there, other) in labels for other in others):
@@ -178,12 +178,12 @@ def _through(label: Label, sizes: list[int], place: int, target: list[int]) -> t
     return best if best is None or best[1].units > 1 or label.units == 1 else None
 
 
-def _split(op: RawOp, tape: Tape, labels: dict[Place, Label]) -> Effect:
+def _split(op: RawOp, values: Sequence[Value], labels: dict[Place, Label]) -> Effect:
     source = op.inputs[0]
-    rank = len(tape.values[source].shape)
+    rank = len(values[source].shape)
     given = op.args[2] if len(op.args) > 2 else op.kwargs.get("dim", 0)
     dim = int(given) % rank
-    parts = tuple(tape.values[n].shape[dim] for n in op.outputs)
+    parts = tuple(values[n].shape[dim] for n in op.outputs)
     effect = Effect()
     for other in range(rank):
         if other == dim:
@@ -230,12 +230,12 @@ def _pieces(label: Label, parts: tuple[int, ...]) -> list[Label] | None:
     return pieces
 
 
-def _cat(op: RawOp, tape: Tape, labels: dict[Place, Label]) -> Effect:
+def _cat(op: RawOp, values: Sequence[Value], labels: dict[Place, Label]) -> Effect:
     result = op.outputs[0]
-    rank = len(tape.values[result].shape)
+    rank = len(values[result].shape)
     given = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
     dim = int(given) % rank
-    sources = [n for n in op.inputs if len(tape.values[n].shape) == rank]
+    sources = [n for n in op.inputs if len(values[n].shape) == rank]
     effect = Effect()
     for other in range(rank):
         everyone = (*sources, result)
@@ -245,7 +245,7 @@ def _cat(op: RawOp, tape: Tape, labels: dict[Place, Label]) -> Effect:
         if other != dim:
             effect.labels += [((n, other), known) for n in everyone if (n, other) not in labels]
             continue
-        parts = tuple(tape.values[n].shape[dim] for n in sources)
+        parts = tuple(values[n].shape[dim] for n in sources)
         effect.labels += [((n, dim), whole_dim(p)) for n, p in zip(sources, parts, strict=True) if (n, dim) not in labels]
         if (result, dim) not in labels:
             effect.labels.append(((result, dim), Label(1, parts)))
@@ -255,14 +255,14 @@ def _cat(op: RawOp, tape: Tape, labels: dict[Place, Label]) -> Effect:
     return effect
 
 
-def _slice(op: RawOp, tape: Tape, labels: dict[Place, Label]) -> Effect | None:
+def _slice(op: RawOp, values: Sequence[Value], labels: dict[Place, Label]) -> Effect | None:
     """Every n-th element of a labelled dim (interleaved parts): chunks stay chunks. Other slices go by letters."""
     source, result = op.inputs[0], op.outputs[0]
-    sizes = tape.values[source].shape
+    sizes = values[source].shape
     args = [*op.args[1:], *[None] * 4][:4]
     dim = int(args[0] or 0) % max(len(sizes), 1) if not isinstance(args[0], Ref) else 0
     step = args[3] if isinstance(args[3], int) else 1
-    made = tape.values[result].shape
+    made = values[result].shape
     label = labels.get((source, dim)) or labels.get((result, dim))
     if label is None or made[dim] == sizes[dim]:
         return None

@@ -8,6 +8,7 @@ is left to `capture.py`, what may be split to `regions.py`, how it is shown to `
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,10 +100,7 @@ class ParameterRecord:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,6 @@ class Saved:
     savers: tuple[int, ...] = ()
     output: bool = False
     region: int = -1
-    has_sequence: bool = False
     position: int = 0
 
 
@@ -203,7 +200,6 @@ class Experts:
 
     experts: int
     choices: int
-    router_op: int
     stacked: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
 

@@ -11,23 +11,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from meshwright.blueprint import costs
 from meshwright.blueprint.moves import Label, Place, spread, whole_dim
-from meshwright.blueprint.record import Experts, Region, Split
-from meshwright.blueprint.tape import RawOp, Ref, Tape
+from meshwright.blueprint.record import Count, Experts, Region, Split
+from meshwright.blueprint.tape import RawOp, Ref, Value
 
 _PRODUCTS = {"mm": 1, "addmm": 1, "convolution": 1, "_grouped_mm": 1, "bmm": 2, "baddbmm": 2}
 _LOSSES = {"_log_softmax", "logsumexp", "_softmax", "_safe_softmax", "argmax", "max", "amax"}
-
-
-@dataclass
-class RegionValues:
-    """Numbers of the values at a region's ends: results to be all-reduced, replicated activations that enter."""
-
-    reduced: tuple[int, ...] = ()
-    entered: tuple[int, ...] = ()
 
 
 @dataclass
@@ -35,63 +28,67 @@ class Findings:
     """What was found on one tape."""
 
     regions: list[Region] = field(default_factory=list)
-    sizes: list[RegionValues] = field(default_factory=list)
     region_of_op: dict[int, int] = field(default_factory=dict)
     region_of_value: dict[int, int] = field(default_factory=dict)
     mixing_ops: set[int] = field(default_factory=set)
-    sequence_values: set[int] = field(default_factory=set)
     experts: Experts | None = None
     refusals: dict[str, str] = field(default_factory=dict)
     """Why a weight's output features can't be cut."""
 
 
-def find(tape: Tape, n_forward: int, outputs: list[int], sequence: int, open_ended: bool = False) -> Findings:
-    """Regions, sequence-wise ops and routing among the first `n_forward` ops of a tape.
+def find(
+    ops: Sequence[RawOp],
+    values: Sequence[Value],
+    outputs: list[int],
+    sequence: int = 0,
+    open_ended: bool = False,
+    size: Callable[[Iterable[int]], Count] = lambda _: Count(),
+) -> Findings:
+    """Regions, sequence-wise ops and routing among the ops of a forward.
 
     `outputs` are the unit's results, which must come out whole unless `open_ended` (the model's own output, such as
-    logits, may stay cut). `sequence` is the length to look for in the inputs, 0 if the batch has none.
+    logits, may stay cut). `sequence` is the length to look for in the inputs, 0 if the batch has none. `size` gives the
+    bytes of some values.
     """
-    graph = _Graph(tape, n_forward, set(outputs), open_ended)
-    found = Findings()
-    _follow_sequence(graph, sequence, found)
+    graph = _Graph(ops, values, set(outputs), open_ended)
+    found = Findings(mixing_ops=_mixing(graph, sequence))
     found.experts = _experts(graph)
     taken: set[str] = set()
     for place, op in enumerate(graph.ops):
         trial = _try_op(graph, place, op, taken, found.refusals)
         if trial is None:
             continue
-        region = trial.region(graph, found.experts)
+        region = trial.region(graph, found.experts, size)
         number = len(found.regions)
         found.regions.append(region)
-        found.sizes.append(RegionValues(tuple(sorted(trial.reduced_values)), tuple(sorted(trial.entered))))
         taken |= {split.tensor for split in (*region.columns, *region.rows)}
         found.region_of_op.update(dict.fromkeys(region.ops, number))
         found.region_of_value.update({value: number for value, _ in trial.labels})
     found.refusals = {name: why for name, why in found.refusals.items() if name not in taken}
     # A storage that was saved through a view counts as cut if any view of it is.
-    by_storage = {tape.values[value].storage: number for value, number in found.region_of_value.items()}
-    for number, value in enumerate(tape.values):
+    by_storage = {values[value].storage: number for value, number in found.region_of_value.items()}
+    for number, value in enumerate(values):
         if value.storage in by_storage and value.role == "made":
             found.region_of_value.setdefault(number, by_storage[value.storage])
     return found
 
 
 class _Graph:
-    """Producers, readers and gradients of the values on a tape."""
+    """Producers, readers and gradients of the values that some ops work on."""
 
-    def __init__(self, tape: Tape, n_forward: int, outputs: set[int], open_ended: bool) -> None:
-        self.tape, self.ops, self.outputs, self.open_ended = tape, tape.ops[:n_forward], outputs, open_ended
+    def __init__(self, ops: Sequence[RawOp], values: Sequence[Value], outputs: set[int], open_ended: bool) -> None:
+        self.ops, self.values, self.outputs, self.open_ended = ops, values, outputs, open_ended
         self.producer: dict[int, int] = {}
         self.readers: dict[int, list[int]] = defaultdict(list)
-        self.graded = {n for n, v in enumerate(tape.values) if v.needs_gradient or v.producer < -1}
-        self.weights: dict[int, int] = {n: n for n, v in enumerate(tape.values) if v.role == "parameter" and v.producer == -1}
+        self.graded = {n for n, v in enumerate(values) if v.needs_gradient or v.producer < -1}
+        self.weights: dict[int, int] = {n: n for n, v in enumerate(values) if v.role == "parameter" and v.producer == -1}
         for place, op in enumerate(self.ops):
             for number in op.inputs:
                 self.readers[number].append(place)
             for number in op.outputs:
                 self.producer[number] = place
             if any(number in self.graded for number in op.inputs):
-                self.graded.update(n for n in op.outputs if tape.values[n].dtype.is_floating_point)
+                self.graded.update(n for n in op.outputs if values[n].dtype.is_floating_point)
             # A view, a cast or a choice of an expert of a weight is a weight still.
             passes_on = costs.kind_of(op.func) in ("view", "copy", "routing")
             if passes_on and op.inputs[:1] and op.inputs[0] in self.weights and not self.graded & set(op.inputs[1:]):
@@ -99,7 +96,7 @@ class _Graph:
 
     def name(self, number: int) -> str:
         """The name of a parameter."""
-        return self.tape.values[number].name
+        return self.values[number].name
 
 
 @dataclass
@@ -116,11 +113,11 @@ class _Trial:
     refused: str = ""
     hint: Label | None = None
 
-    def region(self, graph: _Graph, experts: Experts | None) -> Region:
+    def region(self, graph: _Graph, experts: Experts | None, size: Callable[[Iterable[int]], Count]) -> Region:
         """The record of a trial that succeeded."""
         splits: dict[str, list[Split]] = {"columns": [], "rows": [], "vectors": []}
         for (number, dim), label in sorted(self.labels.items()):
-            value = graph.tape.values[number]
+            value = graph.values[number]
             if not value.declared or value.role != "parameter":
                 continue
             split = Split(value.name, dim, label.segments, label.repeat)
@@ -140,6 +137,8 @@ class _Trial:
             vectors=tuple(splits["vectors"]),
             ops=tuple(sorted(self.ops)),
             reduced=tuple(sorted(self.closing)),
+            reduced_bytes=size(self.reduced_values),
+            entered_bytes=size(self.entered),
             attention=any(_is_attention(graph, place) for place in self.ops),
             experts=routed,
             open_ended=self.leaves_open,
@@ -163,7 +162,7 @@ def _is_attention(graph: _Graph, place: int) -> bool:
     op = graph.ops[place]
     if costs.kind_of(op.func) == "attention":
         return True
-    return costs.base_name(op.func) in ("_softmax", "_safe_softmax") and len(graph.tape.values[op.outputs[0]].shape) >= 3
+    return costs.base_name(op.func) in ("_softmax", "_safe_softmax") and len(graph.values[op.outputs[0]].shape) >= 3
 
 
 def _try_op(graph: _Graph, place: int, op: RawOp, taken: set[str], refusals: dict[str, str]) -> _Trial | None:
@@ -176,15 +175,15 @@ def _try_op(graph: _Graph, place: int, op: RawOp, taken: set[str], refusals: dic
         if table is None or graph.name(table) in taken:
             return None
         trial = _Trial(place)
-        rows = graph.tape.values[table].shape[0]
+        rows = graph.values[table].shape[0]
         return trial if _grow(graph, trial, [((table, 0), whole_dim(rows))]) else None
     weight = next((graph.weights[n] for n in reversed(op.inputs) if n in graph.weights), None)
     if name not in _PRODUCTS or weight is None or graph.name(weight) in taken:
         return None
-    if len(graph.tape.values[weight].shape) < 2 or all(n in graph.weights for n in op.inputs):
+    if len(graph.values[weight].shape) < 2 or all(n in graph.weights for n in op.inputs):
         return None
     dim = _PRODUCTS[name]
-    size = graph.tape.values[op.outputs[0]].shape[dim]
+    size = graph.values[op.outputs[0]].shape[dim]
     labels, tried = [whole_dim(size)], set[Label]()
     while labels:
         label = labels.pop(0)
@@ -212,7 +211,7 @@ def _grow(graph: _Graph, trial: _Trial, start: list[tuple[Place, Label]]) -> boo
 
     def put(place: Place, label: Label) -> None:
         """Add a label, or refuse."""
-        other = next((d for d in range(len(graph.tape.values[place[0]].shape)) if (place[0], d) in trial.labels), None)
+        other = next((d for d in range(len(graph.values[place[0]].shape)) if (place[0], d) in trial.labels), None)
         if other is not None and other != place[1]:
             trial.refused = trial.refused or "two dims of one tensor would be cut"
         elif label.units < 2:
@@ -245,12 +244,12 @@ def _is_worth(graph: _Graph, trial: _Trial) -> bool:
     """At least one weight matrix is cut, and what enters is not itself cut."""
     cut = {n for n, _ in trial.labels}
     trial.entered -= cut
-    return any(n in graph.weights and len(graph.tape.values[n].shape) >= 2 for n in cut)
+    return any(n in graph.weights and len(graph.values[n].shape) >= 2 for n in cut)
 
 
 def _enters(graph: _Graph, trial: _Trial, number: int) -> bool:
     """Whether a cut value's own neighbours are to be followed; refuses a cut of what must come in or go out whole."""
-    value = graph.tape.values[number]
+    value = graph.values[number]
     if number in graph.outputs and number in graph.graded:
         if not graph.open_ended:
             trial.refused = "the cut reaches the unit's output"
@@ -274,7 +273,7 @@ def _step(graph: _Graph, trial: _Trial, place: int, may_slice: bool) -> list[tup
     afterwards.
     """
     op = graph.ops[place]
-    effect = spread(op, graph.tape, trial.labels)
+    effect = spread(op, graph.values, trial.labels)
     if effect.blocked:
         if may_slice:
             return []
@@ -297,15 +296,16 @@ def _step(graph: _Graph, trial: _Trial, place: int, may_slice: bool) -> list[tup
     return effect.labels
 
 
-def _follow_sequence(graph: _Graph, sequence: int, found: Findings) -> None:
-    """Mark the values that have a sequence dim, and the ops whose result at one position needs other positions."""
+def _mixing(graph: _Graph, sequence: int) -> set[int]:
+    """The ops whose result at one position of the sequence needs other positions."""
+    found: set[int] = set()
     labels: dict[Place, Label] = {}
-    inputs = [(n, v) for n, v in enumerate(graph.tape.values) if v.producer < 0 and v.role in ("input", "made", "constant")]
+    inputs = [(n, v) for n, v in enumerate(graph.values) if v.producer < 0 and v.role in ("input", "made", "constant")]
     lengths = [v.shape[1] for _, v in inputs if len(v.shape) == 3 and v.dtype.is_floating_point]
     if sequence not in lengths and lengths:
         sequence = lengths[0]
     if sequence < 2:
-        return
+        return found
     for number, value in inputs:
         first = 1 if len(value.shape) >= 2 and value.shape[0] != sequence else 0
         dim = next((d for d in range(first, len(value.shape)) if value.shape[d] == sequence), None)
@@ -314,27 +314,27 @@ def _follow_sequence(graph: _Graph, sequence: int, found: Findings) -> None:
     for place, op in enumerate(graph.ops):
         if not any((n, d) in labels for n in op.inputs for d in range(5)):
             continue
-        effect = spread(op, graph.tape, labels)
+        effect = spread(op, graph.values, labels)
         if effect.mixed or effect.closes:
-            found.mixing_ops.add(place)
+            found.add(place)
         results = set(op.outputs)
         labels.update({where: label for where, label in effect.labels if where[0] in results})
-    found.sequence_values = {number for number, _ in labels}
+    return found
 
 
 def _experts(graph: _Graph) -> Experts | None:
     """Routing: a choice of k among E, and E weights or E modules that tokens are sent to by it."""
-    for place, op in enumerate(graph.ops):
+    for op in graph.ops:
         if costs.base_name(op.func) != "topk" or not isinstance(op.args[0], Ref):
             continue
-        shape, chosen = graph.tape.values[op.args[0].number].shape, graph.tape.values[op.outputs[1]].shape
+        shape, chosen = graph.values[op.args[0].number].shape, graph.values[op.outputs[1]].shape
         if not shape or shape[-1] < 2:
             continue
-        names = [v.name for v in graph.tape.values if v.role == "parameter" and v.declared]
+        names = [v.name for v in graph.values if v.role == "parameter" and v.declared]
         stacked = tuple(name for n, name in _stacked(graph, shape[-1]))
         modules = _expert_modules(names, shape[-1])
         if stacked or modules:
-            return Experts(shape[-1], chosen[-1], place, stacked, () if stacked else modules)
+            return Experts(shape[-1], chosen[-1], stacked, () if stacked else modules)
     return None
 
 
@@ -342,7 +342,7 @@ def _stacked(graph: _Graph, experts: int) -> list[tuple[int, str]]:
     """Parameters with one entry per expert on dim 0: at least a matrix each, looked up or multiplied in groups."""
     found = []
     for number, origin in graph.weights.items():
-        value = graph.tape.values[number]
+        value = graph.values[number]
         if number == origin and value.shape[:1] == (experts,) and len(value.shape) >= 3:
             found.append((number, value.name))
     return found

@@ -1,8 +1,7 @@
 """A batch for the capture, at any micro-batch size, and how it is handed to the model.
 
 Integers keep the values of the given batch (its rows repeat), since a model's Python may look at them; floats become
-fake. The way a batch meets a model is the one of DESIGN section 4: a dict by the names that `forward` accepts, a list
-or tuple by its first entry, a tensor as it is, or by a `forward_fn`.
+fake. `caller` is the one rule by which a batch meets a model, in captures and in training.
 """
 
 from __future__ import annotations
@@ -16,7 +15,10 @@ from torch import nn
 
 from meshwright.blueprint.execute import LARGEST_REAL, Execution
 from meshwright.blueprint.trees import map_tensors, tensors_in
-from meshwright.errors import ModelError
+from meshwright.errors import DataError, ModelError
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+LossFn = Callable[[Any, Any], torch.Tensor]
 
 
 def batch_items(batch: Any) -> int:
@@ -53,17 +55,53 @@ def resized(batch: Any, items: int, execution: Execution, dtype: torch.dtype | N
     return map_tensors(batch, change)
 
 
-def call_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments that hand `batch` to `model.forward`."""
-    if isinstance(batch, Mapping):
-        parameters = inspect.signature(model.forward).parameters
-        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            return (), dict(batch)
-        return (), {key: value for key, value in batch.items() if key in parameters}
-    if isinstance(batch, tuple | list):
-        return (batch[0],), {}
-    return (batch,), {}
+def caller(
+    model: nn.Module,
+    forward_fn: ForwardFn | None = None,
+    dtype: torch.dtype | None = None,
+    forward: Callable[..., Any] | None = None,
+) -> Callable[[Any], Any]:
+    """Return the function from a batch to the model's output: `forward_fn(forward, batch)`, or by the batch's type.
+
+    A dict calls `forward` (the model, or a wrapper of it) with the entries that the model's `forward` accepts by name, a tuple or
+    list with its first element, a tensor with itself; floating-point inputs are cast to `dtype` where one is given. Raises
+    `DataError` for a batch of another kind, or of which nothing is accepted.
+    """
+    run = model if forward is None else forward
+    if forward_fn is not None:
+        return lambda batch: forward_fn(run, batch)  # type: ignore[arg-type]
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+    def cast(value: Any) -> Any:
+        return value if dtype is None else map_tensors(value, lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+    def call(batch: Any) -> Any:
+        """Run it on one batch."""
+        if isinstance(batch, torch.Tensor):
+            return run(cast(batch))
+        if isinstance(batch, Mapping):
+            accepted = {key: value for key, value in batch.items() if everything or key in named}
+            if not accepted:
+                raise DataError(
+                    f"no entry of the batch ({', '.join(map(str, batch))}) is an argument of forward ({', '.join(named)})"
+                )
+            return run(**cast(accepted))
+        if isinstance(batch, (tuple, list)) and batch:
+            return run(cast(batch[0]))
+        raise DataError(
+            f"a batch is a dict, a tuple, a list or a tensor, not a {type(batch).__name__}: pass forward_fn(model, batch)"
+        )
+
+    return call
 
 
-ForwardFn = Callable[[nn.Module, Any], Any]
-LossFn = Callable[[Any, Any], torch.Tensor]
+def reading(forward_fn: ForwardFn | None, loss_fn: LossFn | None) -> Callable[[nn.Module], Callable[[Any], Any]]:
+    """Return what gives, for a model, the function from a batch to its loss, or to its output where there is no `loss_fn`."""
+
+    def of(model: nn.Module) -> Callable[[Any], Any]:
+        call = caller(model, forward_fn)
+        return call if loss_fn is None else lambda batch: loss_fn(call(batch), batch)
+
+    return of

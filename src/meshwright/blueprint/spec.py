@@ -50,8 +50,8 @@ class ModelSpec:
         config = dataclasses.replace(self.config, sequence=seq)
         return ModelSpec(self.text, partial(decoder.Decoder, config), config)
 
-    def sample(self, model: nn.Module, seq: int | None) -> tuple[Any, LossFn | None]:
-        """A batch of two items for a capture, and its loss; `seq` tokens, or as many as the model takes.
+    def sample(self, model: nn.Module, seq: int | None, items: int = 2) -> tuple[Any, LossFn | None]:
+        """A batch of `items` for a capture, and its loss; `seq` tokens, or as many as the model takes.
 
         Raises `ConfigError` for a user's own callable, which alone knows what its forward takes, and for a `seq` that
         is longer than the model's positions.
@@ -60,9 +60,9 @@ class ModelSpec:
             length = seq or self.config.sequence
             if length > self.config.sequence:
                 raise ConfigError(f"model {self.text!r}: seq={length} is more than its sequence={self.config.sequence}")
-            return torch.zeros(2, length, dtype=torch.int64, device="cpu"), next_token_loss
+            return torch.zeros(items, length, dtype=torch.int64, device="cpu"), next_token_loss
         if self.library_config is not None:
-            return _library_batch(model, self.library_config, seq), None
+            return _library_batch(model, self.library_config, seq, items), None
         raise ConfigError(f"model {self.text!r} needs a batch: call meshwright.inspect(module, batch)")
 
 
@@ -159,18 +159,18 @@ def _heads(transformers: Any) -> list[Any]:
     ]
 
 
-def _library_batch(model: nn.Module, config: Any, seq: int | None) -> dict[str, torch.Tensor]:
+def _library_batch(model: nn.Module, config: Any, seq: int | None, items: int) -> dict[str, torch.Tensor]:
     """Inputs by the names that the model's forward takes: token ids, an image, or features, with labels where there is
     a loss.
     """
     accepted = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
     longest = getattr(config, "max_position_embeddings", None) or 2048
-    tokens = torch.ones(2, seq or min(longest, 2048), dtype=torch.int64, device="cpu")
+    tokens = torch.ones(items, seq or min(longest, 2048), dtype=torch.int64, device="cpu")
     if main == "pixel_values":
         size = getattr(config, "image_size", 224) or 224
         height, width = (size, size) if isinstance(size, int) else tuple(size)
-        return {main: torch.empty(2, getattr(config, "num_channels", 3), height, width, device="cpu")}
+        return {main: torch.empty(items, getattr(config, "num_channels", 3), height, width, device="cpu")}
     batch = {main: tokens}
     if "decoder_input_ids" in accepted and getattr(config, "is_encoder_decoder", False):
         batch["decoder_input_ids"] = tokens

@@ -11,16 +11,16 @@ import contextlib
 import hashlib
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from meshwright._torch import next_node_number, running_node_number, storage_key
+from meshwright._torch import next_node_number, prim_device, running_node_number, storage_key
 from meshwright.blueprint import costs
-from meshwright.blueprint.execute import Execution, operands, prim_device
+from meshwright.blueprint.execute import Execution, results
 
 _SILENT = ("aten::detach", "aten::lift_fresh", "aten::is_same_size", "aten::_local_scalar_dense", "aten::alias")
 
@@ -51,7 +51,7 @@ class Value:
 
 @dataclass
 class RawOp:
-    """One op as dispatched: `args` and `kwargs` hold `Ref`s in place of tensors."""
+    """One op as dispatched: `args` and `kwargs` hold `Ref`s in place of tensors, `module` is the path of the one that runs."""
 
     func: Any
     args: Any
@@ -59,6 +59,12 @@ class RawOp:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     module: str
+
+
+@dataclass
+class CostedOp(RawOp):
+    """One op of a tape, with what it costs: `node` numbers the autograd node that it makes, or whose backward it belongs to."""
+
     node: int
     position: int
     flops: int
@@ -83,7 +89,7 @@ class Tape:
     """
 
     def __init__(self) -> None:
-        self.ops: list[RawOp] = []
+        self.ops: list[CostedOp] = []
         self.values: list[Value] = []
         self.saved: dict[int, RawSaved] = {}
         self.position = 0
@@ -180,37 +186,31 @@ class _Storage:
     alive: weakref.ref[Any]
 
 
-class Digest(Tape):
-    """A tape that keeps no more than a fingerprint of the ops, their operands' shapes and their settings."""
+def fingerprint(tape: Tape) -> str:
+    """A digest of the ops so far, their settings, and their operands' shapes and dtypes."""
+    digest = hashlib.blake2b(digest_size=16)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._hash = hashlib.blake2b(digest_size=16)
+    def described(value: Any) -> Any:
+        if isinstance(value, Ref):
+            return (tape.values[value.number].shape, tape.values[value.number].dtype)
+        return [described(item) for item in value] if isinstance(value, list | tuple) else value
 
-    def note(self, func: Any, leaves: list[Any]) -> None:
-        """Add one op; tensors are given by shape and dtype."""
-        self._hash.update(repr((str(func), leaves)).encode())
-
-    def value(self) -> str:
-        """The fingerprint so far."""
-        return self._hash.hexdigest()
-
-    @staticmethod
-    def of(tape: Tape, n_ops: int) -> str:
-        """The fingerprint of the first `n_ops` ops of a full tape."""
-        digest = Digest()
-        for op in tape.ops[:n_ops]:
-            digest.note(op.func, [_described(x, tape.values) for x in (*op.args, *op.kwargs.items())])
-        return digest.value()
+    for op in tape.ops:
+        digest.update(repr((str(op.func), [described(x) for x in (*op.args, *op.kwargs.items())])).encode())
+    return digest.hexdigest()
 
 
-def _described(value: Any, values: Sequence[Value] = ()) -> Any:
-    """An argument as it enters a digest: tensors by shape and dtype."""
-    if isinstance(value, torch.Tensor):
-        return (tuple(value.shape), value.dtype)
-    if isinstance(value, Ref):
-        return (values[value.number].shape, values[value.number].dtype)
-    return [_described(item, values) for item in value] if isinstance(value, list | tuple) else value
+def referred(args: Any, kwargs: Any, number: Callable[[torch.Tensor], int]) -> tuple[Any, Any, tuple[int, ...]]:
+    """An op's arguments with `Ref`s in the place of tensors, in lists too, and the tensors' numbers in order."""
+    numbers: list[int] = []
+
+    def refer(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            numbers.append(number(value))
+            return Ref(numbers[-1])
+        return [refer(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return tuple(map(refer, args)), {key: refer(value) for key, value in kwargs.items()}, tuple(numbers)
 
 
 class Recorder(Execution):
@@ -236,7 +236,7 @@ class Recorder(Execution):
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             tape = self.tape
-            if tape is not None and not isinstance(tape, Digest):
+            if tape is not None:
                 tape.save(tensor, next_node_number() - 1)
             return tensor
 
@@ -253,48 +253,32 @@ class Recorder(Execution):
 
     def write(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Put one op on the current tape, with its operands and results."""
-        if self.tape is None:
+        tape = self.tape
+        if tape is None:
             return
         if func.name().startswith(_SILENT):
-            if func.name().startswith("aten::detach") and not isinstance(self.tape, Digest):
-                self.tape.same(result, args[0])
-        elif isinstance(self.tape, Digest):
-            self.tape.note(func, [_described(x) for x in (*args, *kwargs.items())])
-        else:
-            self._write(self.tape, func, args, kwargs, result)
-
-    def _write(self, tape: Tape, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        numbers: list[int] = []
-
-        def refer(value: Any) -> Any:
-            """A reference in a tensor's place, in lists too."""
-            if isinstance(value, torch.Tensor):
-                numbers.append(tape.number(value))
-                return Ref(numbers[-1])
-            return [refer(item) for item in value] if isinstance(value, list | tuple) else value
-
-        ref_args = tuple(map(refer, args))
-        ref_kwargs = {key: refer(value) for key, value in kwargs.items()}
-        made = operands(result if isinstance(result, tuple | list) else (result,), {})
-        place = len(tape.ops)
-        outputs = tuple(tape.made(tensor, place) for tensor in made)
+            if func.name().startswith("aten::detach"):
+                tape.same(result, args[0])
+            return
+        ref_args, ref_kwargs, inputs = referred(args, kwargs, tape.number)
+        outputs = tuple(tape.made(tensor, len(tape.ops)) for tensor in results(result))
         backward = running_node_number()
         read, written = costs.traffic(func, args, kwargs, result)
         tape.ops.append(
-            RawOp(
+            CostedOp(
                 func,
                 ref_args,
                 ref_kwargs,
-                tuple(numbers),
+                inputs,
                 outputs,
                 self.modules[-1] if self.modules else "",
-                backward if backward >= 0 else next_node_number() - 1,
-                tape.position,
-                costs.flops_of(func, args, kwargs, result),
-                read,
-                written,
-                costs.matmul_shape(func, args),
-                costs.is_causal(func, args, kwargs),
+                node=backward if backward >= 0 else next_node_number() - 1,
+                position=tape.position,
+                flops=costs.flops_of(func, args, kwargs, result),
+                read_bytes=read,
+                written_bytes=written,
+                matmul=costs.matmul_shape(func, args),
+                causal=costs.is_causal(func, args, kwargs),
             )
         )
         tape.level()

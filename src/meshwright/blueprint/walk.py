@@ -9,22 +9,19 @@ their backward.
 
 from __future__ import annotations
 
-import contextlib
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from meshwright._torch import FakeTensor
 from meshwright.blueprint.blocks import structures
-from meshwright.blueprint.execute import LARGEST_REAL
 from meshwright.blueprint.indices import IndexUsed, Place, hidden, index_attributes
-from meshwright.blueprint.sample import ForwardFn, LossFn, call_arguments, resized
-from meshwright.blueprint.tape import Digest, Recorder, Tape
+from meshwright.blueprint.running import Function, run_with, untouched, watching
+from meshwright.blueprint.sample import resized
+from meshwright.blueprint.tape import Recorder, Tape, fingerprint
 from meshwright.blueprint.trees import map_tensors, signature, tensors_in
 
 
@@ -38,7 +35,6 @@ class UnitTape:
     inputs: list[int]
     outputs: list[int]
     output: Any
-    digest: str
 
 
 @dataclass
@@ -67,14 +63,13 @@ class Walk:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is captured: the model with stand-in tensors for its state, and how to call it."""
+    """What is captured: the model with stand-in tensors for its state, and the function of a batch that calls it."""
 
     model: nn.Module
     state: dict[str, torch.Tensor]
     batch: Any
     dtype: torch.dtype | None
-    forward_fn: ForwardFn | None
-    loss_fn: LossFn | None
+    function: Function
 
 
 def stand_in_state(model: nn.Module, recorder: Recorder, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -86,9 +81,7 @@ def stand_in_state(model: nn.Module, recorder: Recorder, dtype: torch.dtype | No
     state = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in state:
         if id(tensor) not in made:
-            keeps = not tensor.is_meta and not tensor.is_floating_point() and tensor.numel() <= LARGEST_REAL
-            with_values = keeps and not isinstance(tensor, FakeTensor)
-            made[id(tensor)] = tensor.detach().cpu().clone() if with_values else recorder.stand_in(tensor, dtype)
+            made[id(tensor)] = recorder.imitation(tensor, dtype)
         named[name] = made[id(tensor)]
     return named
 
@@ -98,18 +91,15 @@ class Walker:
 
     def __init__(self, subject: Subject, recorder: Recorder, blocks: list[str], items: int, known: Walk | None) -> None:
         self.subject, self.recorder, self.known = subject, recorder, known
-        self.names = {id(subject.model.get_submodule(name)): name for name in blocks}
-        self.paths = {id(module): name for name, module in subject.model.named_modules()}
+        self.blocks = blocks
         self.shapes = structures(subject.model)
         self.parameters = {name for name, _ in subject.model.named_parameters(remove_duplicate=False)}
         self.walk = Walk(items, None)
         self._leaves: list[torch.Tensor] = []
         self._entered: list[torch.Tensor] = []
-        self._by_settings: dict[Any, int] = {}
-        self._by_digest: dict[Any, int] = {}
-        self._structures: set[Any] = set()
+        self._by_settings: dict[Any, int | None] = {}  # None: it computes with what was hidden
         self._indices = index_attributes(subject.model, blocks, self.shapes)
-        self._uses_index: set[Any] = set()
+        self._by_ops: dict[Any, int] = {}
 
     def run(self) -> Walk:
         """Run forward, then the backward of what lies outside the blocks."""
@@ -120,68 +110,30 @@ class Walker:
             walk.outside.declare(tensor, role, name)
         for tensor in tensors_in(walk.batch):
             walk.outside.declare(tensor, "input", "")
-        with self._stand_ins(), recorder.onto(walk.outside), recorder.watching_saved(), recorder, self._paths():
-            output = torch.func.functional_call(_Called(subject), self._prefixed(), (walk.batch,))
+        counted = watching(subject.model, recorder.modules, self._count)
+        with untouched(subject.model), recorder.onto(walk.outside), recorder.watching_saved(), recorder, counted:
+            for module, name in {subject.model.get_submodule(name): name for name in self.blocks}.items():
+                module.__dict__["forward"] = self._stand_in(module, name)
+            output, _ = run_with(subject.model, subject.state, subject.function, walk.batch)
             walk.output_numbers = [walk.outside.number(tensor) for tensor in tensors_in(output)]
             walk.outside_forward_ops = len(walk.outside.ops)
             walk.outside.seal()
             self._outside_backward(output)
         return walk
 
-    def _prefixed(self) -> dict[str, torch.Tensor]:
-        return {f"model.{name}": tensor for name, tensor in self.subject.state.items()}
+    def _count(self, path: str) -> None:
+        self.walk.module_calls[path] = self.walk.module_calls.get(path, 0) + 1
 
     def _outside_backward(self, output: Any) -> None:
         # A block's input that is another block's result as it is has nothing outside to differentiate.
         leaves = [t for t in self.subject.state.values() if t.requires_grad] + self._leaves
         ends = {id(t): t for t in [*tensors_in(output), *self._entered] if t.requires_grad and t.grad_fn is not None}
-        if ends and leaves:
-            roots = list(ends.values())
-            with self.recorder.onto(None):
-                gradients = [torch.empty_like(root) for root in roots]
-            for gradient in gradients:
-                self.walk.outside.declare(gradient, "gradient", "")
-            torch.autograd.grad(roots, leaves, gradients, allow_unused=True)
+        self._differentiate(list(ends.values()), leaves, self.walk.outside)
 
-    @contextlib.contextmanager
-    def _paths(self) -> Iterator[None]:
-        """Keep the path of the module that is running on `recorder.modules`."""
-        modules, paths, counts = self.recorder.modules, self.paths, self.walk.module_calls
-
-        def enter(module: nn.Module, _: Any) -> None:
-            path = paths.get(id(module), modules[-1] if modules else "")
-            counts[path] = counts.get(path, 0) + 1
-            modules.append(path)
-
-        def leave(module: nn.Module, _: Any, __: Any) -> None:
-            modules.pop()
-
-        modules.clear()
-        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=False)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextlib.contextmanager
-    def _stand_ins(self) -> Iterator[None]:
-        """Put a stand-in in place of each block's forward, and take it away again whatever happens."""
-        replaced: list[tuple[nn.Module, Any]] = []
-        try:
-            for module in self.subject.model.modules():
-                name = self.names.get(id(module))
-                if name is None:
-                    continue
-                replaced.append((module, module.__dict__.get("forward")))
-                module.__dict__["forward"] = _StandIn(self, module, name, module.forward)
-            yield
-        finally:
-            for module, own in replaced:
-                if own is None:
-                    del module.__dict__["forward"]
-                else:
-                    module.__dict__["forward"] = own
+    def _stand_in(self, module: nn.Module, name: str) -> Callable[..., Any]:
+        """A block's forward during a walk; while the block is being captured, its own."""
+        forward = module.forward
+        return lambda *args, **kwargs: self.call(module, name, forward, args, kwargs)
 
     def call(self, module: nn.Module, name: str, forward: Any, args: Any, kwargs: Any) -> Any:
         """What a block's stand-in does: capture or recognise, then return tensors cut off from the block's own graph."""
@@ -201,40 +153,33 @@ class Walker:
         return output
 
     def _kind(self, module: nn.Module, name: str, forward: Any, args: Any, kwargs: Any, place: int) -> int:
+        """The number of a call's kind, which is captured at its first call."""
         if self.known is not None:
             number = self.known.calls[place].kind
-            if number == len(self.walk.kinds):
-                self.walk.kinds.append(self._capture(module, name, forward, args, kwargs))
-            return number
-        shapes = signature((args, kwargs))
-        indices = self._indices.get(name, frozenset())
-        structure = (self.shapes[id(module)], shapes)
-        with_index = (structure, module_settings(module, frozenset()))
-        without = (structure, module_settings(module, indices)) if indices else with_index
-        for settings in (without, with_index):
-            if settings in self._by_settings:
-                return self._by_settings[settings]
-        if indices and without not in self._uses_index:
-            try:
-                with hidden(module, indices):
-                    self._by_settings[without] = self._new_kind(module, name, forward, args, kwargs, structure)
-                return self._by_settings[without]
-            except IndexUsed:
-                self._uses_index.add(without)
-        self._by_settings[with_index] = self._new_kind(module, name, forward, args, kwargs, structure)
-        return self._by_settings[with_index]
+            return number if number < len(self.walk.kinds) else self._captured(module, name, forward, args, kwargs)
+        structure = (self.shapes[id(module)], signature((args, kwargs)))
+        for hiding in dict.fromkeys((self._indices.get(name, frozenset()), frozenset())):
+            settings = (structure, module_settings(module, hiding))
+            if settings not in self._by_settings:
+                try:
+                    with hidden(module, hiding):
+                        self._by_settings[settings] = self._captured(module, name, forward, args, kwargs, structure)
+                except IndexUsed:
+                    self._by_settings[settings] = None
+            found = self._by_settings[settings]
+            if found is not None:
+                return found
+        raise AssertionError("nothing was hidden, and its use was seen")
 
-    def _new_kind(self, module: nn.Module, name: str, forward: Any, args: Any, kwargs: Any, structure: Any) -> int:
-        if structure in self._structures:
-            # Only a setting differs: the forward alone tells whether it computes the same.
-            digest = self._glance(module, forward, args, kwargs)
-            if (structure, digest) in self._by_digest:
-                return self._by_digest[structure, digest]
-        tape = self._capture(module, name, forward, args, kwargs)
-        self._structures.add(structure)
-        self.walk.kinds.append(tape)
-        self._by_digest[structure, tape.digest] = len(self.walk.kinds) - 1
-        return len(self.walk.kinds) - 1
+    def _captured(self, module: nn.Module, name: str, forward: Any, args: Any, kwargs: Any, structure: Any = None) -> int:
+        """Capture a call; return the number of its kind: a new one, unless a block of this structure does the same."""
+        kinds = self.walk.kinds
+        unit, backward = self._capture(name, forward, args, kwargs)
+        number = len(kinds) if structure is None else self._by_ops.setdefault((structure, fingerprint(unit.tape)), len(kinds))
+        if number == len(kinds):
+            backward(module)
+            kinds.append(unit)
+        return number
 
     def _results(self, template: Any, incoming: list[torch.Tensor]) -> Any:
         def make(tensor: Any) -> Any:
@@ -254,13 +199,8 @@ class Walker:
 
         return map_tensors(template, make, (torch.Tensor, _SameAsInput))
 
-    def _glance(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> str:
-        digest = Digest()
-        with self.recorder.onto(digest):
-            forward(*args, **kwargs)
-        return digest.value()
-
-    def _capture(self, module: nn.Module, name: str, forward: Any, args: Any, kwargs: Any) -> UnitTape:
+    def _capture(self, name: str, forward: Any, args: Any, kwargs: Any) -> tuple[UnitTape, Callable[[nn.Module], None]]:
+        """The forward of a block on a tape of its own, and what adds the backward to it."""
         tape, recorder = Tape(), self.recorder
         leaves: list[torch.Tensor] = []
 
@@ -283,80 +223,24 @@ class Walker:
         numbers = [tape.declare(tensor, "input", "") for tensor in inputs]
         with recorder.onto(tape):
             output = forward(*args, **kwargs)
-            forward_ops = len(tape.ops)
-            outputs = [tape.number(tensor) for tensor in tensors_in(output)]
-            tape.seal()
-            self._unit_backward(module, output, leaves, tape)
-        marked = _mark_inputs(output, inputs)
-        digest = Digest.of(tape, forward_ops)
-        return UnitTape(name, tape, forward_ops, numbers, outputs, marked, digest)
+        outputs = [tape.number(tensor) for tensor in tensors_in(output)]
+        tape.seal()
 
-    def _unit_backward(self, module: nn.Module, output: Any, leaves: list[torch.Tensor], tape: Tape) -> None:
-        roots = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-        ends = leaves + [parameter for parameter in module.parameters() if parameter.requires_grad]
+        def backward(module: nn.Module) -> None:
+            ends = leaves + [parameter for parameter in module.parameters() if parameter.requires_grad]
+            self._differentiate([tensor for tensor in tensors_in(output) if tensor.requires_grad], ends, tape)
+
+        return UnitTape(name, tape, len(tape.ops), numbers, outputs, _mark_inputs(output, inputs)), backward
+
+    def _differentiate(self, roots: list[torch.Tensor], ends: list[torch.Tensor], tape: Tape) -> None:
+        """Write the backward from `roots` to `ends` to the tape."""
         if roots and ends:
             with self.recorder.onto(None):
                 gradients = [torch.empty_like(root) for root in roots]
             for gradient in gradients:
                 tape.declare(gradient, "gradient", "")
-            torch.autograd.grad(roots, ends, gradients, allow_unused=True)
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever the model's forward stores on its modules (a cached mask, a counter) is taken back: it would be a fake
-    tensor.
-    """
-    before = [(module, dict(vars(module))) for module in model.modules()]
-    held = [(value, value.copy()) for _, attributes in before for value in attributes.values() if type(value) in _CONTAINERS]
-    try:
-        yield
-    finally:
-        for module, attributes in before:
-            now = vars(module)
-            for name in [name for name in now if name not in attributes]:
-                del now[name]
-            for name, value in attributes.items():
-                if now.get(name) is not value:
-                    now[name] = value
-        for container, content in held:  # also what torch keeps buffers in
-            if isinstance(container, list):
-                container[:] = content
-            elif len(container) != len(content) or any(container.get(key) is not value for key, value in content.items()):
-                container.clear()
-                container.update(content)
-
-
-_CONTAINERS = (dict, OrderedDict, list)
-
-
-class _StandIn:
-    """A block's forward during a walk; while the block is being captured, its own."""
-
-    def __init__(self, walker: Walker, module: nn.Module, name: str, forward: Any) -> None:
-        self.walker, self.module, self.name, self.forward = walker, module, name, forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.walker.call(self.module, self.name, self.forward, args, kwargs)
-
-
-class _Called(nn.Module):
-    """The model behind one call that takes a batch, so that `functional_call` can swap its state and the loss joins in."""
-
-    def __init__(self, subject: Subject) -> None:
-        super().__init__()
-        self.model = subject.model
-        self._subject = (subject.forward_fn, subject.loss_fn)
-
-    def forward(self, batch: Any) -> Any:
-        """The model's output, or the loss if there is a loss function."""
-        forward_fn, loss_fn = self._subject
-        if forward_fn is not None:
-            output = forward_fn(self.model, batch)
-        else:
-            args, kwargs = call_arguments(self.model, batch)
-            output = self.model(*args, **kwargs)
-        return output if loss_fn is None else loss_fn(output, batch)
+            with self.recorder.onto(tape):
+                torch.autograd.grad(roots, ends, gradients, allow_unused=True)
 
 
 @dataclass(frozen=True)

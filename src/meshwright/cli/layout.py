@@ -28,34 +28,14 @@ def layout(model: str, plan: Plan, seq: int | None = None, items: int = 1) -> Pr
     import dataclasses
 
     from meshwright.blueprint.execute import build_on_meta
+    from meshwright.blueprint.sample import reading
     from meshwright.blueprint.spec import parse_spec
-    from meshwright.engine.batch import caller
     from meshwright.parallel.preview import preview
 
     spec = parse_spec(model, **({"sequence": seq} if seq else {})).with_sequence(seq)
     module = build_on_meta(spec.build)
-    batch, loss_fn = spec.sample(module, seq)
-    call = caller(module, module, None)
+    batch, loss_fn = spec.sample(module, seq, items)
     open_degrees: dict[str, Any] = {
         name: 1 for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp") if getattr(plan, name) == AUTO
     }
-
-    def function(batch: Any) -> Any:
-        output = call(batch)
-        return output if loss_fn is None else loss_fn(output, batch)
-
-    return preview(module, dataclasses.replace(plan, **open_degrees), function, with_rows(batch, items))
-
-
-def with_rows(batch: Any, rows: int) -> Any:
-    """The batch with that many rows: its own, repeated."""
-    from meshwright._torch import tensors_of, tree_map_tensors
-
-    sizes = {tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim()}
-
-    def repeat(tensor: Any) -> Any:
-        if not tensor.dim() or tensor.shape[0] not in sizes:
-            return tensor
-        return tensor[[row % tensor.shape[0] for row in range(rows)]]
-
-    return tree_map_tensors(repeat, batch)
+    return preview(module, dataclasses.replace(plan, **open_degrees), reading(None, loss_fn)(module), batch)

@@ -1,17 +1,16 @@
-"""How a batch is cut into micro-batches, and how it meets the model.
+"""How a batch is cut into micro-batches, and what counts as its loss.
 
 A batch is any nested container of tensors with the batch on dim 0 (0-dim tensors and other values belong to every row).
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from meshwright._torch import tensors_of, tree_map_tensors
 from meshwright.errors import ConfigError, DataError
@@ -56,41 +55,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if all(tensor.device == device for tensor in tensors_of(batch)):
         return batch
     return tree_map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
-
-
-def caller(module: nn.Module, forward: Callable[..., Any], dtype: torch.dtype | None) -> Callable[[Any], Any]:
-    """Return the function that runs `forward` (the module or a wrapper of it) on a batch.
-
-    A dict calls it with the entries that the module's `forward` accepts by name, a tuple or list with its first element, a
-    tensor with itself. Floating-point inputs are cast to `dtype` where one is given.
-    """
-    parameters = inspect.signature(module.forward).parameters.values()
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-    def cast(value: Any) -> Any:
-        if dtype is None:
-            return value
-        return tree_map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, value)
-
-    def call(batch: Any) -> Any:
-        """Run it on one batch."""
-        if isinstance(batch, Tensor):
-            return forward(cast(batch))
-        if isinstance(batch, Mapping):
-            accepted = {key: value for key, value in batch.items() if everything or key in named}
-            if not accepted:
-                raise DataError(
-                    f"no entry of the batch ({', '.join(map(str, batch))}) is an argument of forward ({', '.join(named)})"
-                )
-            return forward(**cast(accepted))
-        if isinstance(batch, (tuple, list)) and batch:
-            return forward(cast(batch[0]))
-        raise DataError(
-            f"a batch is a dict, a tuple, a list or a tensor, not a {type(batch).__name__}: pass forward_fn(model, batch)"
-        )
-
-    return call
 
 
 def scalar(loss: Any, what: str) -> Tensor:

@@ -23,9 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright import _torch
+from meshwright.blueprint.sample import caller
 from meshwright.engine import norm, state
 from meshwright.engine.backward import InBackward, refuse_by_hand
-from meshwright.engine.batch import caller, plain, rows, scalar, split, to_device
+from meshwright.engine.batch import plain, rows, scalar, split, to_device
 from meshwright.engine.flow import flow, loss_without_backward, output_without_backward
 from meshwright.engine.ledger import Ledger
 from meshwright.engine.metrics import Metrics
@@ -195,10 +196,7 @@ class Engine:
             self._applied.buckets.wake()
 
     def _caller(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[[Any], Any]:
-        forward_fn = self._settings.forward_fn
-        if forward_fn is not None:
-            return lambda batch: forward_fn(forward, batch)  # type: ignore[arg-type]
-        return caller(module, forward, COMPUTE_DTYPES[self.plan.precision])
+        return caller(module, self._settings.forward_fn, COMPUTE_DTYPES[self.plan.precision], forward)
 
     def _function(self, module: nn.Module) -> Callable[[Any], Any]:
         """Return what is traced before there is anything to run: from a batch to its loss, or to the output without a loss_fn."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from meshwright.engine.backward import check_clip
-from meshwright.engine.batch import caller, rows
+from meshwright.engine.batch import rows
 from meshwright.engine.engine import Engine, Settings
 from meshwright.engine.optimizer import OptimizerFactory
 from meshwright.errors import ConfigError, ModelError
@@ -72,7 +71,7 @@ def parallelize(
     check_clip(parsed, clip_grad_norm)
     connect()
     if isinstance(plan, str) and is_auto(plan):
-        parsed = choose_here(model, plan, example_batch, loss_fn, partial(_reading, loss_fn=loss_fn, forward_fn=forward_fn))
+        parsed = choose_here(model, plan, example_batch, forward_fn, loss_fn)
     parsed = parsed.resolve(dist.get_world_size() if dist.is_initialized() else 1)
     settings = Settings(
         loss_fn=loss_fn,
@@ -85,12 +84,6 @@ def parallelize(
         weights=None if weights is None else Weights(Path(weights)),
     )
     return Engine(model, parsed, optimizer, settings, example_batch, device)
-
-
-def _reading(module: nn.Module, loss_fn: Any, forward_fn: Any) -> Callable[[Any], Any]:
-    """What a module computes of a batch: the loss if there is one."""
-    call = caller(module, module, forward_fn)
-    return (lambda batch: loss_fn(call(batch), batch)) if loss_fn else call
 
 
 def _check_model(model: object) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from meshwright.blueprint.execute import build_on_meta
 from meshwright.blueprint.inspection import inspect
 from meshwright.blueprint.record import Blueprint
-from meshwright.blueprint.sample import batch_items
+from meshwright.blueprint.sample import ForwardFn, LossFn, batch_items, reading
 from meshwright.cluster import Cluster
 from meshwright.errors import MeshwrightError, PlanError
 from meshwright.parallel.apply import refuse_unavailable
@@ -116,15 +116,15 @@ def choose_here(
     model: nn.Module | Callable[[], nn.Module],
     text: str,
     batch: Any,
-    loss_fn: Callable[[Any, Any], Any] | None,
-    function: Function,
+    forward_fn: ForwardFn | None,
+    loss_fn: LossFn | None,
 ) -> Plan:
     """The plan for the ranks that are here, chosen by rank 0 for `batch` on each; every rank must call it."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     chosen = str(Plan.parse(text, ranks))
     if batch is not None and (not dist.is_initialized() or dist.get_rank() == 0):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        blueprint = inspect(model, batch, loss_fn=loss_fn, device=device, strict=False)
-        works = divides(model, batch, function)
+        blueprint = inspect(model, batch, forward_fn=forward_fn, loss_fn=loss_fn, device=device, strict=False)
+        works = divides(model, batch, reading(forward_fn, loss_fn))
         chosen = str(choose(blueprint, text, ranks, batch_items(batch) * ranks, works)[0])
     return Plan.parse(from_rank_zero(chosen))

@@ -42,7 +42,7 @@ class Stage:
         self.names = piece.parameters()
         held = {id(bound[name]): bound[name] for name in sorted(self.names) if name in bound}
         self.weights = [tensor for tensor in held.values() if tensor.requires_grad]
-        self.random = any(is_random(op.func) or is_opaque(op) for op in piece.trace.ops)
+        self.random = any(is_random(op) or is_opaque(op) for op in piece.trace.ops)
         # What a leaf of autograd holds can't be written to.
         self.writes = any(writes(op.func) for op in piece.trace.ops)
         self._plain: Program | None = None

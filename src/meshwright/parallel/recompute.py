@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meshwright import _torch
 from meshwright.blueprint import costs
-from meshwright.blueprint.walk import untouched
+from meshwright.blueprint.running import untouched
 from meshwright.parallel.activations import Activations, View
 from meshwright.partition.deferred import Due, Queue
 from meshwright.partition.program import Blocks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,15 +14,6 @@ from meshwright.blueprint.tape import RawOp, Value
 from meshwright.partition.state import Axis, State
 
 aten = torch.ops.aten
-
-_RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
-_RANDOM = {"bernoulli", "native_dropout", "rand_like", "randn_like", "uniform", "normal", "exponential", "_fused_dropout"}
-ATTENTION = {
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-}
 
 
 def writes(func: Any) -> bool:
@@ -59,19 +49,19 @@ _FUNCTIONAL = {
 }
 
 
-def is_random(func: Any) -> bool:
-    """Whether an op draws random numbers in the shape of an operand, or may do so (attention with dropout)."""
-    name = costs.base_name(func)
-    return name in _RANDOM or (isinstance(func, Attention) and func.dropout > 0.0)
+def is_random(op: RawOp) -> bool:
+    """Whether an op draws random numbers. torch tags those that may; an attention kernel does so only with dropout."""
+    found = attention(op)
+    tags = op.func.tags if found is None else found[0].tags
+    return torch.Tag.nondeterministic_seeded in tags
 
 
 class Attention:
     """Scaled dot-product attention by whatever kernel fits the operands: query [B, H, S, D], key and value [B, G, T, D]."""
 
-    tags: tuple[Any, ...] = ()
-
     def __init__(self, dropout: float, causal: bool, scale: float | None) -> None:
         self.dropout, self.causal, self.scale = dropout, causal, scale
+        self.tags = (torch.Tag.nondeterministic_seeded,) if dropout > 0.0 else ()
         self.__name__ = "attention"
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -85,7 +75,7 @@ class Attention:
 def attention(op: RawOp) -> tuple[Attention, list[Any]] | None:
     """The attention that a kernel op computes and its operands (query, key, value, mask or None); None for another op."""
     name = costs.base_name(op.func)
-    if name not in ATTENTION:
+    if name not in costs.ATTENTION:
         return None
     arguments = {a.name: value for a, value in zip(op.func._schema.arguments, op.args, strict=False)} | op.kwargs
     made = Attention(arguments.get("dropout_p", 0.0), bool(arguments.get("is_causal", False)), arguments.get("scale"))
@@ -105,7 +95,7 @@ def localize(
 ) -> tuple[Any, tuple[Any, ...]]:
     """The function and arguments for this rank's part of an op: `shapes` are its results', `source` its first operand's state."""
     name = costs.base_name(op.func)
-    if name in _RESHAPES and op.func is not aten.view.dtype:
+    if name in costs.RESHAPES and op.func is not aten.view.dtype:
         return aten.reshape.default, (args[0], list(shapes[0]))
     if name == "expand":
         return op.func, (args[0], list(shapes[0]), *args[2:])
@@ -142,8 +132,3 @@ def _slice(op: RawOp, args: tuple[Any, ...], shape: tuple[int, ...], source: Sta
         before += sum(length for _, length in axis.chunks(segment)[axis.rank])
         at += segment
     return op.func, (args[0], source.dim, before, before + shape[source.dim], 1)
-
-
-def mean_count(shape: tuple[int, ...], dims: list[int]) -> int:
-    """Elements that a reduction over `dims` takes together."""
-    return math.prod(shape[dim] for dim in dims)

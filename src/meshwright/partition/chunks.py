@@ -171,7 +171,7 @@ class _Region:
         layout = next(self.wide[number] for number in op.inputs if number in self.wide)
         first = op.args[0] if op.args else None
         leads = isinstance(first, Ref) and first.number in self.wide
-        if isinstance(op.func, torch._ops.OpOverload) and (is_random(op.func) or name == "empty_like"):
+        if isinstance(op.func, torch._ops.OpOverload) and (is_random(op) or name == "empty_like"):
             raise _Unfit(f"{name} (in {op.module or 'the loss'}) draws random numbers for the logits")
         if name in _MOVES and leads:
             self._move(op, layout)

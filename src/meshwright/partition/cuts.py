@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, replace
 
 from meshwright.blueprint import costs
 from meshwright.blueprint.moves import Label
 from meshwright.blueprint.record import Region, Split
 from meshwright.blueprint.regions import find
-from meshwright.blueprint.tape import Tape
 from meshwright.errors import PlanError
 from meshwright.partition.arguments import writes
 from meshwright.partition.state import Axis
@@ -78,14 +76,11 @@ def _ops(trace: Trace) -> list[TracedOp]:
 
 def find_regions(trace: Trace) -> list[Region]:
     """The regions of a whole trace."""
-    tape = Tape()
-    tape.values = list(trace.values)
+    values = list(trace.values)
     for op in filter(is_opaque, trace.ops):
         for number in op.outputs:  # as something that another block made
-            tape.values[number] = copy.copy(tape.values[number])
-            tape.values[number].producer = -2
-    tape.ops += _ops(trace)
-    return find(tape, len(tape.ops), trace.output_numbers(), 0, open_ended=True).regions
+            values[number] = replace(values[number], producer=-2)
+    return find(_ops(trace), values, trace.output_numbers(), open_ended=True).regions
 
 
 def written_parameters(trace: Trace) -> set[str]:

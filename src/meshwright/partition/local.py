@@ -92,18 +92,6 @@ class ClassLoss(Collective):
         return total / (target != self.ignore).sum() if self.reduction == 1 else total
 
 
-class Scale(Collective):
-    """Multiplied by a number that the partition knows: a mean over a cut dim from the ranks' sums."""
-
-    def __init__(self, axis: Axis, factor: float) -> None:
-        super().__init__(axis)
-        self.factor = factor
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """Return the product."""
-        return tensor * self.factor
-
-
 class RowLoss(Collective):
     """The mean of row losses whose sum is given: divided by the number of rows that count."""
 
@@ -114,18 +102,6 @@ class RowLoss(Collective):
     def __call__(self, total: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
         """Return `total` divided by how many of the whole `target` are not ignored."""
         return total / (target != self.ignore).sum()
-
-
-class Groups(Collective):
-    """Keys or values with fewer heads than there are ranks: the one head that this rank's queries share."""
-
-    def __init__(self, axis: Axis, groups: int) -> None:
-        super().__init__(axis)
-        self.groups = groups
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """Return [B, 1, T, D] of [B, groups, T, D]."""
-        return tensor.narrow(1, self.axis.rank * self.groups // self.axis.size, 1)
 
 
 class Own(Collective):
@@ -153,6 +129,8 @@ class KeepSlice(Collective):
 
 class Randomly(Collective):
     """An op that draws random numbers for a cut value: from this rank's own stream, so that parts differ."""
+
+    tags = (torch.Tag.nondeterministic_seeded,)
 
     def __init__(self, axis: Axis, op: Any) -> None:
         super().__init__(axis)

@@ -12,14 +12,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from meshwright import _torch
 from meshwright.blueprint import costs
 from meshwright.blueprint.moves import Effect, Label, Place, spread
-from meshwright.blueprint.tape import RawOp, Ref, Tape, Value
+from meshwright.blueprint.tape import RawOp, Ref, Value
 from meshwright.blueprint.trees import map_tensors
 from meshwright.partition import arguments
 from meshwright.partition.collectives import Collective, Copy, Gather, Reduce, ReduceScatter, Share, Take
@@ -52,7 +52,6 @@ class Pass:
     def __init__(self, source: Trace, axis: Axis, policy: Policy) -> None:
         self.source, self.axis, self.policy = source, axis, policy
         self.values = list(source.values)
-        self.tape = cast(Tape, self)  # `spread` reads `values` only
         self.graded = source.graded()
         self.computed = source.computed()
         self.sequence = dict(source.sequence)
@@ -183,8 +182,7 @@ class Pass:
         template = op or self.op
         inputs = tuple(leaf.number for leaf in _torch.leaves_of((args, kwargs)) if isinstance(leaf, Ref))
         grad, call, module = (template.grad, template.call, template.module) if template else (torch.is_grad_enabled(), -1, "")
-        where = (module, 0, 0, 0, 0, 0, None, False, grad or recorded, call)
-        self.result.ops.append(TracedOp(func, args, kwargs, inputs, outputs, *where))
+        self.result.ops.append(TracedOp(func, args, kwargs, inputs, outputs, module, grad or recorded, call))
 
     # Conversions
 
@@ -375,7 +373,7 @@ class Pass:
         """
         given_up: set[Place] = set()
         while labels:
-            effect = spread(op, self.tape, labels)
+            effect = spread(op, self.values, labels)
             everything = labels | {where: label for where, label in effect.labels if where not in given_up}
             loser = self._in_the_way(op, labels, everything, effect, given_up)
             if loser is not None:
@@ -442,7 +440,7 @@ class Pass:
         source_state = operands[op.inputs[0]] if op.inputs else WHOLE
         shapes = [self.shape(n, s) for n, s in results.items()]
         func, args = arguments.localize(op, args, shapes, source_state, self.axis, self.values)
-        if arguments.is_random(op.func) and state.is_cut:
+        if arguments.is_random(op) and state.is_cut:
             func = Randomly(self.axis, func)
         self.emit(func, args, kwargs, list(results.items()))
 

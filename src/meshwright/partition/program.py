@@ -22,9 +22,9 @@ from meshwright import _torch
 from meshwright.blueprint.tape import Ref
 from meshwright.blueprint.trees import map_tensors
 from meshwright.errors import PlanError
-from meshwright.partition.arguments import writes
+from meshwright.partition.arguments import is_random, writes
 from meshwright.partition.local import KeepSlice
-from meshwright.partition.trace import Guard, Stale, Trace, TracedOp, draws, is_opaque
+from meshwright.partition.trace import Guard, Stale, Trace, TracedOp, is_opaque
 
 
 class Blocks(Protocol):
@@ -38,14 +38,13 @@ class Blocks(Protocol):
 
 @dataclass
 class _Segment:
-    """A stretch of ops within one call of a unit, or between calls: values that it takes and gives, names that it reads."""
+    """A stretch of ops within one call of a unit, or between calls: values that it takes and gives, the state that it reads."""
 
     call: int
     ops: list[TracedOp]
     takes: list[int] = field(default_factory=list)
     gives: list[int] = field(default_factory=list)
-    names: list[tuple[nn.Module, str]] = field(default_factory=list)
-    held: list[tuple[int, Tensor]] = field(default_factory=list)
+    state: list[Callable[[], Tensor]] = field(default_factory=list)
     code: Callable[..., tuple[Any, ...]] | None = None
 
 
@@ -74,7 +73,7 @@ class Program:
         kept = _reached(trace, outputs, lambda op: id(op) not in checked and _has_effect(op))
         self.checks = self._segments(guards, frozenset(), [])
         self._checks_write = any(writes(op.func) for op in guards)
-        self._checks_draw = any(draws(op) for op in guards)
+        self._checks_draw = any(is_random(op) for op in guards)
         self.ops = kept
         self.blocks = blocks
         self.segments = self._segments(kept, units | (blocks.names if blocks is not None else frozenset()), outputs)
@@ -120,8 +119,7 @@ class Program:
         taken = [values[number] for number in segment.takes]
 
         def run(*tensors: Tensor) -> tuple[Any, ...]:
-            held = [tensor.clone() if number in self._rewritten else tensor for number, tensor in segment.held]
-            state = [*(_lookup(owner, name) for owner, name in segment.names), *held]
+            state = [source() for source in segment.state]
             return code(*tensors, *(tensor.clone() for tensor in state)) if copied else code(*tensors, *state)
 
         if segment.call < 0:
@@ -152,37 +150,37 @@ class Program:
             segment.gives = sorted(made & set(later))
             read = {n for op in segment.ops for n in op.inputs} - made
             later.update(read)
-            segment.takes = sorted(n for n in read if not self._is_state(n))
-            self._generate(segment, sorted(n for n in read if self._is_state(n)))
+            state = sorted(n for n in read if self._name(n) or n in self.trace.constants)
+            segment.takes = sorted(read - set(state))
+            self._generate(segment, state)
         return segments
-
-    def _is_state(self, number: int) -> bool:
-        return number in self.trace.parameters or number in self.trace.buffers or number in self.trace.constants
 
     def _generate(self, segment: _Segment, state: list[int]) -> None:
         graph = fx.Graph()
         nodes: dict[int, fx.Node] = {n: graph.placeholder(f"v{n}") for n in segment.takes}
         for number in state:
-            name = self.trace.parameters.get(number, self.trace.buffers.get(number, ""))
-            if name in self.bound:
-                continue
-            if name:
-                owner, _, attribute = name.rpartition(".")
-                self._refuse_elsewhere(name, segment.call)
-                segment.names.append((self.model.get_submodule(owner), attribute))
-                nodes[number] = graph.placeholder("p_" + name.replace(".", "_"))
-        for number in state:
-            name = self.trace.parameters.get(number, "")
-            if name in self.bound:
-                segment.held.append((number, self.bound[name]))
-                nodes[number] = graph.placeholder("p_" + name.replace(".", "_"))
-            elif number in self.trace.constants:
-                segment.held.append((number, self.trace.constants[number].to(self.device)))
-                nodes[number] = graph.placeholder(f"c{number}")
+            name = self._name(number)
+            segment.state.append(self._source(number, name, segment.call))
+            nodes[number] = graph.placeholder("p_" + name.replace(".", "_") if name else f"c{number}")
         for op in segment.ops:
             self._write(graph, op, nodes)
         graph.output(tuple(nodes[number] for number in segment.gives))
         segment.code = fx.GraphModule(nn.Module(), graph)
+
+    def _name(self, number: int) -> str:
+        return self.trace.parameters.get(number, self.trace.buffers.get(number, ""))
+
+    def _source(self, number: int, name: str, call: int) -> Callable[[], Tensor]:
+        """Where a constant (without a name), parameter or buffer is found when the program runs."""
+        if not name:
+            kept = self.trace.constants[number].to(self.device)
+            return kept.clone if number in self._rewritten else lambda: kept
+        if name in self.bound:
+            bound = self.bound[name]
+            return lambda: bound
+        owner, _, attribute = name.rpartition(".")
+        self._refuse_elsewhere(name, call)
+        return partial(_lookup, self.model.get_submodule(owner), attribute)
 
     def _refuse_elsewhere(self, name: str, call: int) -> None:
         """Refuse the use of a parameter while the unit that gathers it is not running."""

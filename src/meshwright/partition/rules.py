@@ -5,6 +5,7 @@ returns False to leave it to the general way.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from meshwright.blueprint.tape import Ref
 from meshwright.partition import arguments
 from meshwright.partition.collectives import Collective
 from meshwright.partition.context import context_attention
-from meshwright.partition.local import ClassLoss, EmbeddingRows, Groups, KeepSlice, LogSoftmax, Randomly, RowLoss, Scale
+from meshwright.partition.local import ClassLoss, EmbeddingRows, KeepSlice, LogSoftmax, Randomly, RowLoss
 from meshwright.partition.partition import Pass
 from meshwright.partition.state import COPIED, PARTIAL, WHOLE, State, cut
 from meshwright.partition.trace import TracedOp
@@ -122,8 +123,8 @@ def _reduction(run: Pass, op: TracedOp) -> bool:
         return True
     total = run.fresh(output)
     run.emit(aten.sum.dim_IntList, (local, dims, keep), kwargs, [(total, PARTIAL)])
-    factor = Scale(run.axis, 1.0 / arguments.mean_count(shape, dims))
-    run.emit(factor, (Ref(run.own[total]),), {}, [(output, PARTIAL)])
+    share = 1.0 / math.prod(shape[dim] for dim in dims)
+    run.emit(aten.mul.Tensor, (Ref(run.own[total]), share), {}, [(output, PARTIAL)])
     return True
 
 
@@ -219,8 +220,9 @@ def _by_heads(run: Pass, op: TracedOp, attention: Any, operands: list[Any], stat
         elif run.axis.divides(fitted):
             refs.append(Ref(run.get(other.number, cut(1, fitted))))
         elif size % groups == 0 and state.label == whole_dim(heads):
-            picked = run.fresh(other.number)
-            run.emit(Groups(run.axis, groups), (Ref(run.get(other.number, COPIED)),), {}, [(picked, COPIED)])
+            picked, one = run.fresh(other.number), run.axis.rank * groups // size
+            run.values[picked] = replace(run.values[picked], shape=(run.values[picked].shape[0], 1, *run.values[picked].shape[2:]))
+            run.emit(aten.slice.Tensor, (Ref(run.get(other.number, COPIED)), 1, one, one + 1), {}, [(picked, COPIED)])
             refs.append(Ref(run.own[picked]))
         else:
             return False
@@ -286,9 +288,9 @@ def _earlier_collective(run: Pass, op: TracedOp) -> bool:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("addmm", "baddbmm"), _biased_product),
     **dict.fromkeys(("sum", "mean"), _reduction),
-    **dict.fromkeys(arguments.ATTENTION, _attention),
+    **dict.fromkeys(costs.ATTENTION, _attention),
     **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"), _batch_norm),
-    **dict.fromkeys(("copy", "share", "reduce", "reducescatter", "gather", "take", "exchange", "scale"), _earlier_collective),
+    **dict.fromkeys(("copy", "share", "reduce", "reducescatter", "gather", "take", "exchange"), _earlier_collective),
     **dict.fromkeys(("attention", "causal", "ring"), _earlier_attention),
     "convolution": _convolution,
     "embedding": _embedding,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from meshwright.blueprint import costs
 from meshwright.blueprint.moves import Label, Place, spread, whole_dim
-from meshwright.blueprint.tape import Tape
 from meshwright.partition.arguments import writes
 from meshwright.partition.trace import Guard, Trace, is_opaque
 
@@ -16,7 +13,6 @@ def follow_sequence(trace: Trace) -> dict[int, tuple[int, Label]]:
 
     A sequence is dim 1 of a two-dimensional integer or a three-dimensional float entry of the batch.
     """
-    tape = cast(Tape, trace)  # `spread` reads its values only
     labels: dict[Place, Label] = {}
     for number in trace.inputs:
         value = trace.values[number]
@@ -35,7 +31,7 @@ def follow_sequence(trace: Trace) -> dict[int, tuple[int, Label]]:
         own = {(n, d): labels[n, d] for n in op.inputs for d in range(len(trace.values[n].shape)) if (n, d) in labels}
         if costs.base_name(op.func) in ("nll_loss_forward", "arange"):
             continue
-        found_here = spread(op, tape, own).labels
+        found_here = spread(op, trace.values, own).labels
         if writes(op.func) and op.inputs[0] in known:  # whatever is written, the positions stay in their place
             found_here += [((op.outputs[0], d), label) for (n, d), label in own.items() if n == op.inputs[0] and op.outputs]
         for where, label in found_here:

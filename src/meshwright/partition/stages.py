@@ -180,7 +180,7 @@ def _derived_from_inputs(trace: Trace) -> set[int]:
     written = {n for op in trace.ops if _changes(op) for n in op.inputs}
     free = {*trace.inputs, *trace.constants, *trace.buffers} - written
     for op in trace.ops:
-        if _changes(op) or is_random(op.func) or is_opaque(op) or not set(op.inputs) <= free or set(op.outputs) & written:
+        if _changes(op) or is_random(op) or is_opaque(op) or not set(op.inputs) <= free or set(op.outputs) & written:
             continue
         free.update(op.outputs)
     return free

@@ -8,26 +8,24 @@ values (experts that loop over the tokens they got) becomes one opaque op, which
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from meshwright import _torch
 from meshwright._torch import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from meshwright.blueprint import costs
-from meshwright.blueprint.execute import LARGEST_REAL, Execution, operands
+from meshwright.blueprint.execute import Execution, operands, results
 from meshwright.blueprint.failures import OwnBackward, ReadsComputed, capture_error
 from meshwright.blueprint.moves import Label
-from meshwright.blueprint.tape import RawOp, Ref, Tape, Value
+from meshwright.blueprint.running import run_with, untouched, watching
+from meshwright.blueprint.tape import RawOp, Ref, Tape, Value, referred
 from meshwright.blueprint.trees import map_tensors, tensors_in
-from meshwright.blueprint.walk import untouched
 from meshwright.errors import MeshwrightError, ModelError
 
 BATCH, RANDOM, CHOSEN = 1, 2, 4
@@ -35,8 +33,6 @@ BATCH, RANDOM, CHOSEN = 1, 2, 4
 
 _UNWRITTEN = ("aten::lift_fresh", "aten::is_same_size")
 _SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "repeat_interleave"}
-_RANDOM = {"bernoulli", "native_dropout", "rand", "randn", "randint", "rand_like", "randn_like", "randperm", "multinomial"}
-_RANDOM |= {"uniform", "normal", "exponential", "random", "dropout"}
 
 
 @dataclass
@@ -109,22 +105,20 @@ def _is_float(value: Value) -> bool:
 
 
 class Opaque:
-    """The op that calls a module as it is, on whole tensors: `args` holds the tensors' places in the call's arguments."""
+    """The op that calls a module as it is, on whole tensors: `arguments` has a `Ref` in the place of each, by their order."""
 
     tags: tuple[Any, ...] = ()
 
-    def __init__(self, path: str, module: nn.Module, spec: Any, leaves: list[Any]) -> None:
-        self.path, self.module, self.spec, self.leaves = path, module, spec, leaves
+    def __init__(self, path: str, module: nn.Module, arguments: Any) -> None:
+        self.path, self.module, self.arguments = path, module, arguments
         self.__name__ = "opaque"
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the module; `tensors` fill the places of its arguments that hold tensors."""
-        filled = iter(tensors)
-        leaves = [next(filled) if isinstance(leaf, Ref) else leaf for leaf in self.leaves]
-        args, kwargs = _torch.tree_unflatten(leaves, self.spec)
+        args, kwargs = map_tensors(self.arguments, lambda ref: tensors[ref.number], Ref)
         try:
             # Its own hooks are in the trace, as ops around it.
-            return tuple(_torch.tensors_of(self.module.forward(*args, **kwargs)))
+            return tuple(tensors_in(self.module.forward(*args, **kwargs)))
         except RuntimeError as error:
             if "differentiated Tensors" not in str(error):
                 raise
@@ -137,11 +131,6 @@ class Opaque:
 def is_opaque(op: RawOp) -> bool:
     """Whether an op calls a module as it is."""
     return isinstance(op.func, Opaque)
-
-
-def draws(op: RawOp) -> bool:
-    """Whether an op draws random numbers."""
-    return costs.base_name(op.func) in _RANDOM
 
 
 class Guard:
@@ -176,9 +165,11 @@ class _DependsOnComputed(Exception):
 class _Tracer(Execution):
     """Executes on fake tensors and writes to a tape."""
 
-    def __init__(self, batch: list[Tensor]) -> None:
+    def __init__(self, units: frozenset[str]) -> None:
         super().__init__()
         self.tape = Tape()
+        self.units = units
+        self.calls: list[Call] = []
         self.ops: list[TracedOp] = []
         self.taint: dict[int, int] = {}
         self.modules: list[str] = []
@@ -223,12 +214,12 @@ class _Tracer(Execution):
             return result
         outputs = self._write(func, args, kwargs, result)
         from_fakes = name not in _FROM_SHAPES and any(isinstance(t, FakeTensor) for t in operands(args, kwargs))
-        taint |= RANDOM if name in _RANDOM else 0
-        for number, tensor in zip(outputs, _made(result), strict=True):
+        taint |= RANDOM if torch.Tag.nondeterministic_seeded in func.tags else 0
+        for number, tensor in zip(outputs, results(result), strict=True):
             chosen = CHOSEN if from_fakes and not isinstance(tensor, FakeTensor) else 0
             self.taint[number] = taint | chosen
         if by_values and taint:
-            self._guard((outputs[0],), tuple(_made(result)[0].shape))
+            self._guard((outputs[0],), tuple(results(result)[0].shape))
         return result
 
     def _fixed_bins(self, args: Any, kwargs: Any) -> bool:
@@ -247,6 +238,17 @@ class _Tracer(Execution):
                         "register it with register_buffer, or make it with the dtype and device of its input (new_zeros)"
                     )
                 self.before[number] = constant.clone()
+
+    def entered(self, path: str) -> None:
+        """A module is called; a unit's call is numbered, unless it runs inside another's."""
+        if path in self.units and self.call < 0:
+            self.call = len(self.calls)
+            self.calls.append(Call(path))
+
+    def left(self, path: str) -> None:
+        """A module's call is over."""
+        if self.call >= 0 and self.calls[self.call].name == path:
+            self.call = -1
 
     def restore(self) -> None:
         """Give constants that the trace has written to their values again."""
@@ -270,8 +272,7 @@ class _Tracer(Execution):
         return self.tape.declare(tensor, role, name)
 
     def _guard(self, numbers: tuple[int, ...], seen: Any, func: Any = None) -> None:
-        where = (self.module(), 0, 0, 0, 0, 0, None, False, False, self.call)
-        self.ops.append(TracedOp(Guard(seen, func), tuple(map(Ref, numbers)), {}, numbers, (), *where))
+        self.ops.append(TracedOp(Guard(seen, func), tuple(map(Ref, numbers)), {}, numbers, (), self.module(), False, self.call))
 
     def seen(self, tensor: Tensor) -> None:
         """Python is about to read all values of a tensor by a way that is no op (`tolist`, `numpy`)."""
@@ -289,59 +290,49 @@ class _Tracer(Execution):
         return self.modules[-1] if self.modules else ""
 
     def _write(self, func: Any, args: Any, kwargs: Any, result: Any) -> tuple[int, ...]:
-        numbers: list[int] = []
+        refs, named, inputs = referred(args, kwargs, self._operand)
+        return self._append(func, refs, named, inputs, results(result), self.module())
 
-        def refer(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                numbers.append(self.number(value))
-                self._refuse_own_backward(value, numbers[-1])
-                return Ref(numbers[-1])
-            return [refer(item) for item in value] if isinstance(value, list | tuple) else value
-
-        refs = tuple(map(refer, args))
-        named = {key: refer(value) for key, value in kwargs.items()}
-        place = len(self.ops)
-        made = _made(result)
-        outputs = tuple(self.tape.made(tensor, place) for tensor in made)
+    def _append(
+        self, func: Any, args: Any, kwargs: Any, inputs: tuple[int, ...], made: list[Tensor], module: str
+    ) -> tuple[int, ...]:
+        outputs = tuple(self.tape.made(tensor, len(self.ops)) for tensor in made)
         self.kept += made
-        grad = torch.is_grad_enabled()
-        where = (self.module(), 0, 0, 0, 0, 0, None, False, grad, self.call)
-        self.ops.append(TracedOp(func, refs, named, tuple(numbers), outputs, *where))
+        self.ops.append(TracedOp(func, args, kwargs, inputs, outputs, module, torch.is_grad_enabled(), self.call))
         return outputs
 
-    def _refuse_own_backward(self, tensor: Tensor, number: int) -> None:
-        """A result that has a gradient though its ops had none comes from an autograd function of the user's: only its module
-        knows its backward.
+    def _operand(self, tensor: Tensor) -> int:
+        """The number of an op's operand. One that has a gradient though the ops that made it had none comes from an autograd
+        function of the user's: only its module knows its backward.
         """
+        number = self.number(tensor)
         producer = self.tape.values[number].producer
         if tensor.requires_grad and producer >= 0 and not tensor.is_leaf and not self.ops[producer].grad:
             raise _DependsOnComputed(self.ops[producer].module, OwnBackward(type(tensor.grad_fn).__name__))
+        return number
 
     def opaque(self, path: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Write one op for a whole module; its results are those of a run that is not written down."""
-        leaves, spec = _torch.tree_flatten((args, kwargs))
-        places = [Ref(self.number(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        given: list[Tensor] = []
+
+        def place(tensor: Tensor) -> Ref:
+            given.append(tensor)
+            return Ref(len(given) - 1)
+
+        arguments = map_tensors((args, kwargs), place)
+        inputs = tuple(map(self.number, given))
         self.paused = True
         try:
             output = forward(*args, **kwargs)
         finally:
             self.paused = False
-        made = _torch.tensors_of(output)
-        refs = tuple(leaf for leaf in places if isinstance(leaf, Ref))
-        outputs = tuple(self.tape.made(tensor, len(self.ops)) for tensor in made)
-        self.kept += made
-        numbers = tuple(ref.number for ref in refs)
-        where = (path, 0, 0, 0, 0, 0, None, False, torch.is_grad_enabled(), self.call)
-        self.ops.append(TracedOp(Opaque(path, module, spec, places), refs, {}, numbers, outputs, *where))
+        call = Opaque(path, module, arguments)
+        outputs = self._append(call, tuple(map(Ref, inputs)), {}, inputs, tensors_in(output), path)
         self.taint.update(dict.fromkeys(outputs, CHOSEN))
         return output
 
 
 _FROM_SHAPES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "empty_like", "new_empty", "size"}
-
-
-def _made(result: Any) -> list[Tensor]:
-    return operands(result if isinstance(result, tuple | list) else (result,), {})
 
 
 def _is_mask(index: Any) -> bool:
@@ -373,18 +364,6 @@ _BACKWARDS = {
 """Ways to have a hand in the backward that are no ops: the module that does so runs as it is."""
 
 
-class _Called(nn.Module):
-    """What `functional_call` needs: a module that holds the model and runs a function."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[[Any], Any], batch: Any) -> Any:
-        """Return what the function returns."""
-        return function(batch)
-
-
 @dataclass(frozen=True)
 class Subject:
     """What is traced: the model, its parameters' whole shapes and dtypes by name, and the names of its units (blocks)."""
@@ -410,35 +389,34 @@ def trace(subject: Subject, function: Callable[[Any], Any], batch: Any) -> Trace
 
 
 def _attempt(subject: Subject, function: Callable[[Any], Any], batch: Any, opaque: frozenset[str]) -> Trace:
-    leaves, spec = _torch.tree_flatten(batch)
-    tracer = _Tracer([])
+    tracer = _Tracer(frozenset(subject.units))
     tracer.attributes = {id(value) for module in subject.model.modules() for value in vars(module).values()}
     found = Trace()
     plain = plain_attributes(subject.model)
     state = _stand_ins(subject, tracer, found)
-    changed = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            stand_in = _input(leaf, tracer)
-            number = tracer.declare(stand_in, "input", "")
-            found.inputs[number] = len(found.inputs)
-            tracer.taint[number] = BATCH
-            changed.append(stand_in)
-        else:
-            changed.append(leaf)
+
+    def given(tensor: Tensor) -> Tensor:
+        stand_in = tracer.imitation(tensor)
+        number = tracer.declare(stand_in, "input", "")
+        found.inputs[number] = len(found.inputs)
+        tracer.taint[number] = BATCH
+        return stand_in
+
+    inputs = _torch.tree_map_tensors(given, batch)
     try:
         with (
             untouched(subject.model),
             torch.random.fork_rng(devices=[]),
             _torch.fsdp_silenced(subject.model),
-            _watched(subject, tracer, found, opaque),
+            watching(subject.model, tracer.modules, tracer.entered, tracer.left),
             tracer,
             _HostReads(tracer),
         ):
-            named = {f"model.{name}": tensor for name, tensor in state.items()}
-            arguments = (function, _torch.tree_unflatten(changed, spec))
-            output = torch.func.functional_call(_Called(subject.model), named, arguments, tie_weights=False)
-            _write_back(found, state, named)
+            for path in opaque:
+                module = subject.model.get_submodule(path)
+                module.__dict__["forward"] = _stand_in(tracer, path, module)
+            output, after = run_with(subject.model, state, function, inputs)
+            _write_back(found, state, after)
             found.changes = _changes(subject.model, plain)
     except (_DependsOnComputed, MeshwrightError):
         raise
@@ -453,7 +431,7 @@ def _write_back(found: Trace, before: dict[str, Tensor], after: dict[str, Tensor
     """What the model assigned to a buffer is written into it; one of another shape is a cache, and is made again each time."""
     with torch.no_grad():
         for name in found.buffers.values():
-            old, new = before[name], after[f"model.{name}"]
+            old, new = before[name], after[name]
             if new is not old and isinstance(new, Tensor) and (new.shape, new.dtype) == (old.shape, old.dtype):
                 old.copy_(new)
 
@@ -479,7 +457,7 @@ _MISSING = object()
 
 def _finish(found: Trace, tracer: _Tracer, output: Any) -> Trace:
     found.outputs = map_tensors(output, lambda tensor: Ref(_made_by_op(found, tracer, tensor)))
-    found.ops, found.values = tracer.ops, tracer.tape.values
+    found.ops, found.values, found.calls = tracer.ops, tracer.tape.values, tracer.calls
     for number, tensor in tracer.real.items():
         if isinstance(tensor, FakeTensor):
             raise ModelError("the model computes with a tensor that it kept from before it was traced: compute it in forward")
@@ -495,8 +473,7 @@ def _made_by_op(found: Trace, tracer: _Tracer, leaf: Tensor) -> int:
     if tracer.tape.values[number].producer >= 0 or number in found.inputs:
         return number
     made = tracer.tape.made(leaf, len(tracer.ops))
-    where = ("", 0, 0, 0, 0, 0, None, False, True, -1)
-    tracer.ops.append(TracedOp(torch.ops.aten.alias.default, (Ref(number),), {}, (number,), (made,), *where))
+    tracer.ops.append(TracedOp(torch.ops.aten.alias.default, (Ref(number),), {}, (number,), (made,), ""))
     return made
 
 
@@ -520,8 +497,7 @@ def _stand_ins(subject: Subject, tracer: _Tracer, found: Trace) -> dict[str, Ten
         if name.rpartition(".")[0] in again:
             continue
         if id(buffer) not in made:
-            real = not buffer.is_meta and not buffer.is_floating_point() and buffer.numel() <= LARGEST_REAL
-            made[id(buffer)] = buffer.detach().cpu().clone() if real else tracer.stand_in(buffer)
+            made[id(buffer)] = tracer.imitation(buffer)
             number = tracer.declare(made[id(buffer)], "buffer", name)
             found.buffers[number] = name
             tracer.taint[number] = BATCH  # it may change from call to call, as a batch does
@@ -534,43 +510,7 @@ def _second_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules(remove_duplicate=False) if first.setdefault(id(module), name) != name]
 
 
-def _input(tensor: Tensor, tracer: _Tracer) -> Tensor:
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.numel() > LARGEST_REAL:
-        return tracer.stand_in(tensor)
-    return tensor.detach().cpu().clone()
-
-
-@contextlib.contextmanager
-def _watched(subject: Subject, tracer: _Tracer, found: Trace, opaque: frozenset[str]) -> Iterator[None]:
-    """Keep the path of the running module, number the units' calls, and replace opaque modules' forwards."""
-    paths = {id(module): name for name, module in subject.model.named_modules()}
-    units = {id(subject.model.get_submodule(name)): name for name in subject.units}
-    replaced: list[nn.Module] = []
-
-    def enter(module: nn.Module, _: Any) -> None:
-        tracer.modules.append(paths.get(id(module), tracer.modules[-1] if tracer.modules else ""))
-        if id(module) in units and tracer.call < 0:
-            tracer.call = len(found.calls)
-            found.calls.append(Call(units[id(module)]))
-
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
-        tracer.modules.pop()
-        if id(module) in units and tracer.call >= 0 and found.calls[tracer.call].name == units[id(module)]:
-            tracer.call = -1
-
-    def stand_in(path: str, module: nn.Module) -> Callable[..., Any]:
-        forward = module.forward
-        return lambda *args, **kwargs: tracer.opaque(path, module, forward, args, kwargs)
-
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
-    try:
-        for path in opaque:
-            module = subject.model.get_submodule(path)
-            module.__dict__["forward"] = stand_in(path, module)
-            replaced.append(module)
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in replaced:
-            module.__dict__.pop("forward", None)
+def _stand_in(tracer: _Tracer, path: str, module: nn.Module) -> Callable[..., Any]:
+    """The forward of a module that is to be one op."""
+    forward = module.forward
+    return lambda *args, **kwargs: tracer.opaque(path, module, forward, args, kwargs)

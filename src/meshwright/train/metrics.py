@@ -7,7 +7,7 @@ import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,13 +59,6 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-class Tracker(Protocol):
-    """Somewhere else that metrics go."""
-
-    def __call__(self, line: dict[str, Any]) -> None:
-        """Take one step's metrics."""
 
 
 def trackers(table: LogTable, folder: Path, settings: dict[str, Any]) -> list[Callable[[dict[str, Any]], None]]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from meshwright import losses
 from meshwright.blueprint.inspection import inspect
 from meshwright.blueprint.record import Blueprint
+from meshwright.blueprint.sample import reading
 from meshwright.blueprint.spec import ModelSpec, parse_spec
 from meshwright.cluster import Cluster
 from meshwright.cluster.history import remember
-from meshwright.engine.batch import caller
 from meshwright.errors import MeshwrightError
 from meshwright.parallel.auto import choose, divides
 from meshwright.plan import Plan
@@ -44,14 +42,9 @@ def _sample(config: Config) -> tuple[ModelSpec, Any, str]:
 def chosen(config: Config, ranks: int) -> Plan:
     """The plan that `auto` stands for in this run."""
     plan = Plan.parse(config.plan.text, ranks)
-
-    def reading(module: nn.Module) -> Callable[[Any], Any]:
-        call = caller(module, module, None)
-        return lambda batch: losses.cross_entropy(call(batch), batch)
-
     try:
         spec, batch, _ = _sample(config)
-        works = divides(spec.build, batch, reading)
+        works = divides(spec.build, batch, reading(None, losses.cross_entropy))
         return choose(blueprint(config, plan.precision), config.plan.text, ranks, config.data.global_batch, works)[0]
     except MeshwrightError:
         return plan
