@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ EFA_US, EFA_EFFICIENCY = 42, 0.45
 """A step over EFA, what all-gathers of 1 GiB on 32 to 512 ranks take beyond their bytes, per rank; the part of the line rate that
 all-reduces of 1 GiB got on 4 to 64 nodes (176 to 190 of 400 GB/s). Source: nanotron's measurements inside its jobs.
 """
+LAST_GATHERED_JOB = 14_016_999
+"""Of nanotron's, by number; measured activations change to those of `tp_recompute_allgather` between jobs 14016414 and 14019186."""
 FUSED = {"dgxc", "simumax-b200", "megatron-golden", "korthikanti-t5"}
 """Sources that ran Megatron or NeMo: single kernels for norms, activations, rotary and loss."""
 
@@ -158,44 +160,66 @@ def plan(row: Row) -> Plan:
     )
 
 
+def pricer(row: Row, chosen: Plan) -> Pricer:
+    """The pricer of a row. nanotron accumulates gradients in flat buffers that live from step to step; its jobs of 2025 gather a
+    region's input again in the backward (tp_recompute_allgather), those before keep it: with equal plans twice the activations.
+    """
+    found = Pricer.of(blueprint(row), cluster(row), chosen.precision, chosen.compile)
+    if row["source_id"] != "nanotron-playbook":
+        return found
+    job = re.search(r"job (\d+)", row["notes"])
+    again = job is not None and int(job[1]) > LAST_GATHERED_JOB
+    shape, kept = found.shape, blueprint(row).__dict__["_pricers"]
+    if (found, again) not in kept:
+        units = {name: getattr(shape, name) for name in ("before", "after")} | {str(n): k for n, k in enumerate(shape.kinds)}
+        if again:
+            units = {name: replace(k, kept=tuple(replace(each, enters=False) for each in k.kept)) for name, k in units.items()}
+        kinds = tuple(units[str(n)] for n in range(len(shape.kinds)))
+        changed = replace(shape, kinds=kinds, before=units["before"], after=units["after"])
+        kept[found, again] = Pricer(changed, found.cluster, found.precision)
+        kept[found, again].flat_gradients = True
+    return kept[found, again]
+
+
 def predicted(row: Row) -> Prediction:
     """The prediction for a row; where the source does not say, recompute is the least that fits."""
     chosen = plan(row)
-    pricer = Pricer.of(blueprint(row), cluster(row), chosen.precision, chosen.compile)
+    prices = pricer(row, chosen)
     batch = chosen.dp_replicate * chosen.dp_shard * chosen.microbatches * number(row, "micro_batch")
     tried: Any = None
     for recompute in [row["recompute"]] if row["recompute"] else ("none", "selective", "full"):
         fields = chosen.to_json() | {"recompute": recompute if recompute in ("full", "selective") else "none"}
-        found = pricer.price(Plan(**fields), batch)
-        parts, more = found.memory_bytes, gradient_bytes(row) * found.memory_bytes["gradients"] / 4
-        if more > 0:  # they live after the backward, when no activation does
-            more = max(0.0, parts["parameters"] + parts["gradients"] + parts["optimizer"] + more - parts["peak"])
-        tried = restated(found, more)
+        found = prices.price(Plan(**fields), batch)
+        tried = restated(found, *(each * found.memory_bytes["gradients"] / 4 for each in gradient_bytes(row)))
         if tried.fits:
             break
     return tried
 
 
-def gradient_bytes(row: Row) -> float:
-    """Bytes per parameter that the source's software keeps for gradients beyond the four that are counted.
+def gradient_bytes(row: Row) -> tuple[float, float]:
+    """Bytes per parameter for gradients beyond the four that are counted: during the backward, and after it.
 
-    Both from the bytes that the logs show between steps. NeMo's recipes keep them in 16 bits (grad_reduce_in_fp32=False): 44.27 and
-    34.47 GB are 2 + 2 + 12/dp bytes to 1 %. nanotron keeps 16-bit ones beside the fp32 accumulators: 20 in all without ZeRO,
-    and with zero=1 10 + 16/dp, so also the buffers of its reduce-scatter.
+    From the bytes that the logs show between steps. NeMo's recipes keep them in 16 bits (grad_reduce_in_fp32=False): 44.27 and
+    34.47 GB are 2 + 2 + 12/dp bytes to 1 %. nanotron's data-parallel runs keep 16-bit buckets of torch's DDP beside the fp32
+    accumulators: 18.1 in all on one data rank, 20.1 on more. With zero=1 these are 10 + 16/dp: at the step also the 16-bit
+    gradients and the parts of its reduce-scatter, when no activation lives.
     """
     if row["source_id"] == "dgxc":
-        return -2.0
-    if row["source_id"] != "nanotron-playbook":
-        return 0.0
-    return 4.0 + 4.0 / number(row, "dp") if row["zero_stage"] == "1" and number(row, "dp") > 1 else 2.0
+        return -2.0, -2.0
+    dp = number(row, "dp")
+    if row["source_id"] != "nanotron-playbook" or dp == 1:
+        return 0.0, 0.0
+    return 2.0, 4.0 + 4.0 / dp if row["zero_stage"] == "1" else 2.0
 
 
-def restated(found: Prediction, more: float) -> Prediction:
-    """The prediction with `more` bytes of gradients."""
+def restated(found: Prediction, during: float, after: float) -> Prediction:
+    """The prediction with more bytes of gradients: `during` the backward, and `after` it, when no activation lives."""
     parts = found.memory_bytes
+    static = parts["parameters"] + parts["gradients"] + parts["optimizer"]
+    more = max(during, static + after - parts["peak"])
     parts = parts | {"gradients": parts["gradients"] + more, "peak": parts["peak"] + more}
     device = found.device_bytes + more
-    return dataclasses.replace(
+    return replace(
         found,
         memory_bytes=parts,
         fits=device <= found.capacity_bytes,

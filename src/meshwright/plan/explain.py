@@ -73,9 +73,12 @@ def alternatives(blueprint: Blueprint, found: Search, precision: str) -> list[st
     lines = []
     for name in ALTERNATIVES:
         try:
-            plan = dataclasses.replace(Plan.parse(name, cluster.devices), precision=precision, recompute=winner.recompute)
+            plan = dataclasses.replace(Plan.parse(name, cluster.devices), precision=precision)
             plan = dataclasses.replace(plan, microbatches=_micro(plan, winner, best, found.global_batch))
-            lines.append(f"{name}: {_against(predict(blueprint, cluster, plan, found.global_batch), best)}")
+            tried = [dataclasses.replace(plan, recompute=r) for r in ("none", "selective", "full")]
+            priced = [predict(blueprint, cluster, each, found.global_batch) for each in tried]
+            nearest = next((each for each in priced if each.fits), min(priced, key=lambda each: each.device_bytes))
+            lines.append(f"{name}: {_against(nearest, best)}")
         except MeshwrightError as error:
             lines.append(f"{name}: {error}")
     lines += _wider(blueprint, found, winner)

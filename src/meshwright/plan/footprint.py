@@ -6,11 +6,12 @@ The heaviest rank counts, not the mean.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meshwright.plan.constants import constants
 from meshwright.plan.graph import Size
-from meshwright.plan.plan import Plan, moved
+from meshwright.plan.memory import widths
+from meshwright.plan.plan import Plan, moved, offloads
 from meshwright.plan.profile import UnitProfile, degree
 from meshwright.plan.time import Split
 
@@ -33,6 +34,15 @@ def unit_bytes(unit: UnitProfile, split: Split, element: float) -> UnitBytes:
     if split.recompute == "full" or split.recompute == "selective":
         backward += every - kept
     return UnitBytes(kept, forward, backward)
+
+
+def chunk_bytes(unit: UnitProfile, split: Split, element: float) -> UnitBytes:
+    """Bytes of the head and the loss: one part's logits, and what is made of them, are alive at a time."""
+    whole = unit_bytes(unit, split, element)
+    if split.chunks == 1:
+        return whole
+    kept = _kept(replace(unit, kept=tuple(each for each in unit.kept if not each.units)), split, "none") * element
+    return UnitBytes(kept, whole.forward / split.chunks, (whole.backward + whole.kept - kept) / split.chunks)
 
 
 def _kept(unit: UnitProfile, split: Split, recompute: str) -> float:
@@ -69,6 +79,8 @@ class Elements:
     experts: float
     largest_block: float
     outside: float
+    trained: float = 1.0
+    """Part of them that is trained: the rest has neither gradient nor optimizer state."""
 
     @property
     def total(self) -> float:
@@ -85,35 +97,47 @@ class States:
     optimizer: float
     gathered: float
     """Parameters gathered, and gradients whole, for a moment (zero=2 and zero=3)."""
+    host: float = 0.0
+    """What `offload=` puts in the host's memory."""
 
 
-def states(plan: Plan, elements: Elements, width: int) -> States:
-    """Model states of `elements` parameters of `width` bytes in the model as given (`memory.py` has the table)."""
-    low = plan.precision != "fp32"
+def states(plan: Plan, elements: Elements, width: int, on_host: bool = False) -> States:
+    """Model states of `elements` parameters of `width` bytes in the model as given (`memory.py` has the table).
+
+    `on_host`: the device is a CPU, so that what goes to `cpu` stays.
+    """
     shard = plan.shards
     experts_shard = max(1, shard * plan.dp_replicate * plan.tp // plan.ep) if shard > 1 and plan.ep > 1 else shard
     zero = plan.zero if shard > 1 else 0
-    live = 2 if low and zero < 3 else width
-    master = width if low and zero < 3 else 0
-    gradient, moments = width, 2 * width
-
-    def divided(stage: int, each: float) -> float:
-        if zero < stage:
-            return each * elements.total
-        return each * (elements.dense / shard + elements.experts / experts_shard)
-
-    optimizer = divided(1, master + moments)
+    units = plan.zero == 3 and (shard > 1 or moved(plan.offload, "params", on_host) > 0)
+    live, gradient, master, state = widths(plan, width, units)
+    whole, part = elements.total, elements.dense / shard + elements.experts / experts_shard
+    trained = elements.trained
+    compute = 2 if plan.precision != "fp32" else width
     gathered = 0.0
-    compute = 2 if low else width
     if zero == 3 and plan.pp > 1:  # gathered once a step and kept through it
-        gathered = compute * elements.total + gradient * elements.total / 8
+        gathered = compute * whole + gradient * whole / 8
     elif zero == 3:
-        gathered = compute * (elements.outside + 2 * elements.largest_block) + width * max(elements.largest_block, elements.outside)
+        gathered = compute * (elements.outside + 2 * elements.largest_block) + gradient * max(
+            elements.largest_block, elements.outside
+        )
     elif zero == 2:
-        gathered = gradient * max(elements.total / 16, elements.outside / 2 if elements.outside else 0.0) * 2
-    optimizer *= 1.0 - moved(plan.offload, "optimizer")
-    parameters = divided(3, live) * (1.0 - moved(plan.offload, "params") if zero == 3 else 1.0)
-    return States(parameters, divided(2, gradient), optimizer, gathered)
+        gathered = gradient * max(whole / 16, elements.outside / 2 if elements.outside else 0.0) * 2
+    elif units:  # from the host, block by block
+        gathered = compute * (elements.outside + 2 * elements.largest_block)
+    gradients = trained * gradient * (part if zero >= 2 else whole)
+    if plan.update == "backward" and plan.microbatches == 1:  # two units' at a time
+        gradients = min(gradients, trained * gradient * 2 * max(elements.largest_block, elements.outside))
+    kept = {
+        "params": live * (part if zero == 3 else whole),
+        "optimizer": trained * (master + 2 * state) * (part if zero else whole),
+    }
+    host = 0.0
+    for item in offloads(plan.offload):
+        if item.what in kept and (item.directory is not None or not on_host) and (item.what == "optimizer" or units):
+            host += 0.0 if item.directory else item.fraction * kept[item.what]
+    here = {what: nbytes * (1.0 - moved(plan.offload, what, on_host)) for what, nbytes in kept.items()}
+    return States(here["params"] if units else kept["params"], gradients, here["optimizer"], gathered, host)
 
 
 def communicators(plan: Plan) -> int:

@@ -82,8 +82,6 @@ def state_bytes(
     parameters keep their dtype and have neither gradient, master nor optimizer state. A master copy counts as optimizer state.
     `on_host`: the device is a CPU, so that what goes to `cpu` stays.
     """
-    low = plan.precision != "fp32"
-    narrow = low and plan.master != "fp32"
     shard = plan.shards
     moved: dict[tuple[str, bool], float] = {}
     for item in offloads(plan.offload):
@@ -92,9 +90,7 @@ def state_bytes(
             moved[key] = moved.get(key, 0.0) + item.fraction
     units = plan.zero == 3 and (shard > 1 or any(what == "params" for what, _ in moved))
     divided = [1, 1, 1] if shard == 1 else [shard if plan.zero >= stage else 1 for stage in (3, 2, 1)]
-    live = 2 if narrow or (low and not units) else bytes_each  # else zero=3 keeps only the full-precision shard
-    master = {"fp32": bytes_each if live < bytes_each else 0, "kahan": 2, "stochastic": 0}[plan.master]
-    state = {"fp32": bytes_each, "bf16": 2, "int8": 1 + 4 / 256}[plan.optimizer_state]
+    live, gradient, master, state = widths(plan, bytes_each, units)
     weights = (live * trainable + bytes_each * frozen) / divided[0]
     states = (master + state * optimizer_states) * trainable / divided[2]
     here = {what: 1.0 - sum(fraction for (item, _), fraction in moved.items() if item == what) for what in ("params", "optimizer")}
@@ -107,12 +103,25 @@ def state_bytes(
     gone = plan.update == "backward" and plan.microbatches == 1
     return StateBytes(
         parameters=weights * (here["params"] if units else 1.0),
-        gradients=0.0 if gone else (2 if narrow and units else bytes_each) * trainable / divided[1],
+        gradients=0.0 if gone else gradient * trainable / divided[1],
         optimizer=states * here["optimizer"],
         buffers=buffers,
         host=_away(moved, weights, states, disk=False),
         disk=_away(moved, weights, states, disk=True),
     )
+
+
+def widths(plan: Plan, bytes_each: int, units: bool) -> tuple[int, int, int, float]:
+    """Bytes per parameter of live weights, gradients, what guards small updates, and one optimizer state.
+
+    `units`: parameters are FSDP2's, which keeps only the full-precision shard (zero=3).
+    """
+    low = plan.precision != "fp32"
+    narrow = low and plan.master != "fp32"
+    live = 2 if narrow or (low and not units) else bytes_each
+    master = {"fp32": bytes_each if live < bytes_each else 0, "kahan": 2, "stochastic": 0}[plan.master]
+    state = {"fp32": bytes_each, "bf16": 2, "int8": 1 + 4 / 256}[plan.optimizer_state]
+    return live, 2 if narrow and units else bytes_each, master, state
 
 
 def _away(moved: dict[tuple[str, bool], float], weights: float, states: float, disk: bool) -> float:

@@ -220,9 +220,9 @@ class Offload:
 
 
 @functools.cache
-def moved(text: str, what: str) -> float:
-    """The fraction of `what` that an `offload` text puts somewhere else."""
-    return sum((item.fraction for item in offloads(text) if item.what == what), 0.0)
+def moved(text: str, what: str, on_host: bool = False) -> float:
+    """The fraction of `what` that an `offload` text puts somewhere else; where ranks compute `on_host`, `cpu` is where they are."""
+    return sum((item.fraction for item in offloads(text) if item.what == what and (item.directory or not on_host)), 0.0)
 
 
 @functools.cache

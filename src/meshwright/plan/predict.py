@@ -8,7 +8,7 @@ asks it thousands of times, `predict` once. What a unit takes is in `time.py` an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meshwright.blueprint.record import Blueprint
@@ -17,14 +17,15 @@ from meshwright.errors import ModelError, PlanError
 from meshwright.plan import pipeline
 from meshwright.plan.collectives import Group, all_reduce, gather, group, send
 from meshwright.plan.constants import constants
-from meshwright.plan.footprint import Elements, States, outside_allocator, states, unit_bytes
+from meshwright.plan.footprint import Elements, States, UnitBytes, chunk_bytes, outside_allocator, states, unit_bytes
+from meshwright.plan.memory import widths
 from meshwright.plan.plan import Plan, moved, offloads
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.profile import Profile, profile
-from meshwright.plan.recompute import budget_bytes
+from meshwright.plan.recompute import Step, budget_bytes, shared_out, steps
 from meshwright.plan.stages import balance, place
 from meshwright.plan.suited import run_mode, suited
-from meshwright.plan.time import Rates, Split, UnitTime, rates, unit_time
+from meshwright.plan.time import Rates, Split, UnitTime, in_chunks, rates, unit_time
 
 
 def predict(blueprint: Blueprint, cluster: Cluster, plan: Plan | str, global_batch: int) -> Prediction:
@@ -37,6 +38,16 @@ def predict(blueprint: Blueprint, cluster: Cluster, plan: Plan | str, global_bat
         plan = Plan.parse(plan)
     plan = plan.resolve(cluster.devices)
     return Pricer.of(blueprint, cluster, plan.precision, plan.compile).price(plan, global_batch)
+
+
+FULL_STORAGE = 12.0
+"""Bytes per parameter of a full-precision weight and Adam's two states, which `constants.toml`'s optimizer traffic is for."""
+
+
+Need = tuple[float, float, float]
+"""Bytes on a device besides activations while the first backward runs, all of them after the backward, and room on its host."""
+Moment = tuple[float, float, float]
+"""Bytes kept for backward, bytes alive beside them for a moment, and how many of the first may move to the host."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,50 @@ class Base:
     busy: float
 
 
+@dataclass(frozen=True)
+class Units:
+    """What every unit costs under one split of the work: block kinds, then what runs before and after the blocks.
+
+    `busy` and `saved` are filled by stage (its id: stages live as long as the pricer) as they are asked for.
+    """
+
+    times: list[UnitTime]
+    sizes: list[UnitBytes]
+    busy: dict[int, tuple[float, float, float]] = field(default_factory=dict)
+    """Seconds of a stage's forward, of its backward but for weights' gradients, and of these."""
+    saved: dict[int, tuple[float, float, float]] = field(default_factory=dict)
+    """Bytes that a stage keeps of each micro-batch, of the last one beside, and that are alive for a moment."""
+    steps: dict[int, list[Step]] = field(default_factory=dict)
+    """Where these are of full recompute: what a budget takes for a stage, best first."""
+
+    def time(self, stage: Stage) -> tuple[float, float, float]:
+        """`busy` of a stage."""
+        if id(stage) not in self.busy:
+            f = b = w = 0.0
+            counts = [*stage.kinds, int(stage.before), int(stage.after)]
+            for unit, count in zip(self.times, counts, strict=True):
+                if count:
+                    f += count * unit.total_forward
+                    b += count * (unit.total_backward - unit.weight)
+                    w += count * unit.weight
+            self.busy[id(stage)] = f, b, w
+        return self.busy[id(stage)]
+
+    def keep(self, stage: Stage) -> tuple[float, float, float]:
+        """`saved` of a stage."""
+        if id(stage) not in self.saved:
+            kept = working = ends = 0.0
+            for size, count in zip(self.sizes, [*stage.kinds, int(stage.before), 0], strict=True):
+                if count:
+                    kept += count * size.kept
+                    working = max(working, size.forward, size.backward)
+            if stage.after:
+                ends = self.sizes[-1].kept
+                working = max(working, self.sizes[-1].forward, self.sizes[-1].backward)
+            self.saved[id(stage)] = kept, ends, working
+        return self.saved[id(stage)]
+
+
 class Pricer:
     """Costs of plans for one profile on one cluster at one precision; remembers every unit's cost."""
 
@@ -70,7 +125,12 @@ class Pricer:
         self.shape, self.cluster, self.precision = shape, cluster, precision
         self.rate: Rates = rates(cluster, precision, shape.mode, shape.dtype)
         self.width = 4  # bytes of a parameter as a user's model holds it
-        self._times: dict[Any, Any] = {}
+        self.kernels = cluster.device.kernels
+        self.on_host = self.kernels == "cpu"
+        self.slack = 0.0 if self.kernels == "cpu" else float(constants()["memory"]["slack"])
+        self.flat_gradients = shape.mode != "eager"
+        """Gradients lie in buffers that live from step to step."""
+        self._units: dict[Split, Units] = {}
         self._stages: dict[tuple[int, str, int, str], list[Stage]] = {}
         self._balanced: dict[int, list[int]] = {}
         self._groups: dict[tuple[int, int], Any] = {}
@@ -100,19 +160,19 @@ class Pricer:
             self._groups[n, stride] = group(self.cluster, n, stride)
         return self._groups[n, stride]
 
-    def units(self, split: Split) -> tuple[list[UnitTime], list[Any]]:
+    def units(self, split: Split) -> Units:
         """Time and bytes of every block kind, then of what runs before and after, for one split of the work."""
-        if split not in self._times:
+        if split not in self._units:
             tp = self.group(split.tp, 1)
             cp = self.group(split.cp, split.tp)
             ep = self.group(split.ep, split.tp * split.cp)
-            plain = Split(split.items, split.tp, split.sp, split.cp, split.ep, split.precision, "none")
-            all_units = [(unit, split) for unit in self.shape.kinds] + [(self.shape.before, plain), (self.shape.after, plain)]
+            plain, after = replace(split, recompute="none"), self.shape.after
+            all_units = [(unit, split) for unit in self.shape.kinds] + [(self.shape.before, plain)]
             times = [unit_time(unit, each, self.rate, tp, cp, ep) for unit, each in all_units]
             sizes = [unit_bytes(unit, each, self.rate.element) for unit, each in all_units]
-            self._times[split] = (times, sizes)
-        found: tuple[list[UnitTime], list[Any]] = self._times[split]
-        return found
+            last = in_chunks(after, plain, self.rate, tp, cp, ep), chunk_bytes(after, plain, self.rate.element)
+            self._units[split] = Units([*times, last[0]], [*sizes, last[1]])
+        return self._units[split]
 
     def stages(self, plan: Plan) -> list[Stage]:
         """What each rank of the pipeline holds: blocks cut as the executor cuts them, or as `split=` says."""
@@ -182,7 +242,7 @@ class Pricer:
     def split(self, plan: Plan, items: int) -> Split:
         """The part of the work of one rank."""
         recompute = "full" if plan.recompute.startswith("budget") else plan.recompute
-        return Split(items, plan.tp, plan.sp, plan.cp, plan.ep, plan.precision, recompute)
+        return Split(items, plan.tp, plan.sp, plan.cp, plan.ep, plan.precision, recompute, plan.loss_chunks)
 
     def elements(self, plan: Plan, stage: Stage) -> Elements:
         """Parameters of a rank of the pipeline before the data axes divide them."""
@@ -193,30 +253,36 @@ class Pricer:
 
     def _count_elements(self, plan: Plan, stage: Stage) -> Elements:
         shape = self.shape
-        dense = experts = largest = outside = 0.0
+        dense = experts = largest = outside = frozen = total = 0.0
         for kind, count in enumerate(stage.kinds):
             if count:
                 d, e = shape.kinds[kind].weights.local(plan.tp, plan.ep)
                 dense, experts, largest = dense + count * d, experts + count * e, max(largest, d + e)
+                frozen, total = frozen + count * shape.kinds[kind].weights.frozen, total + count * shape.kinds[kind].weights.total
         for side, held in ((shape.before, stage.before), (shape.after, stage.after)):
             if held:
                 outside += side.weights.local(plan.tp, plan.ep)[0]
+                frozen, total = frozen + side.weights.frozen, total + side.weights.total
         if stage.before and stage.after and shape.tied:
             outside -= shape.tied / plan.tp
-        return Elements(dense + outside, experts, largest, outside)
+        return Elements(dense + outside, experts, largest, outside, 1.0 - frozen / total if total else 1.0)
 
     def memory(self, plan: Plan, items: int) -> tuple[dict[str, float], int]:
-        """Live bytes by purpose on the heaviest rank, and which rank that is."""
+        """Live bytes by purpose on the rank with the most bytes on its device, and which rank that is."""
         found = self.memory_by_rank(plan, items)
-        heaviest = max(range(len(found)), key=lambda rank: found[rank]["peak"])
+        heaviest = max(range(len(found)), key=lambda rank: self.on_device(plan, found[rank])[1])
         return found[heaviest], heaviest
+
+    def host_bytes(self, plan: Plan) -> float:
+        """Bytes of model states that a rank has in its host's memory."""
+        return max(self.states(plan, self.elements(plan, stage)).host for stage in dict.fromkeys(self.stages(plan)))
 
     def memory_by_rank(self, plan: Plan, items: int) -> list[dict[str, float]]:
         """Live bytes by purpose on each rank of the pipeline."""
         stages = self.stages(plan)
-        held = {stage: states(plan, self.elements(plan, stage), self.width) for stage in dict.fromkeys(stages)}
+        held = {stage: self.states(plan, self.elements(plan, stage)) for stage in dict.fromkeys(stages)}
         moments = self.activations(plan, self.split(plan, items), range(plan.pp))
-        return [self._moments(plan, held[stage], *moment) for stage, moment in zip(stages, moments, strict=True)]
+        return [self._moments(plan, held[stage], moment) for stage, moment in zip(stages, moments, strict=True)]
 
     def heads(self, plan: Plan) -> list[int]:
         """Of ranks that hold the same, the first: it keeps most micro-batches, so the heaviest rank is one of these."""
@@ -228,91 +294,129 @@ class Pricer:
             self._heads[key] = sorted(first.values())
         return self._heads[key]
 
-    def activations(self, plan: Plan, split: Split, ranks: Iterable[int]) -> list[tuple[float, float]]:
-        """Bytes kept for backward on each of `ranks` with all its micro-batches in flight, and alive beside them for a moment."""
-        sizes = self.units(split)[1]
-        n = len(self.shape.kinds)
-        stages = self.stages(plan)
+    def activations(self, plan: Plan, split: Split, ranks: Iterable[int]) -> list[Moment]:
+        """Activations on each of `ranks`, with all its micro-batches in flight."""
+        stages, units = self.stages(plan), self.units(split)
+        budget, away = budget_bytes(plan.recompute), moved(plan.offload, "activations", self.on_host)
         found = []
         for rank in ranks:
             stage = stages[rank]
             flight = pipeline.in_flight(plan.schedule, plan.virtual, plan.pp, plan.microbatches, rank)
-            saved = sum(count * sizes[kind].kept for kind, count in enumerate(stage.kinds) if count)
-            working = max((max(sizes[kind].forward, sizes[kind].backward) for kind, c in enumerate(stage.kinds) if c), default=0.0)
-            budget = budget_bytes(plan.recompute)
+            saved, ends, working = units.keep(stage)
             if budget is not None:
-                free = self.units(replace(split, recompute="none"))[1]
-                saved = self._within(budget, stage, sizes, free, flight)
-            ends = 0.0
-            if stage.before:
-                saved += sizes[n].kept
-            if stage.after:
-                ends = sizes[n + 1].kept
-                working = max(working, max(sizes[n + 1].forward, sizes[n + 1].backward))
+                saved += self._spared(budget, stage, split, flight)[0]
             kept = flight * saved + ends
-            away = moved(plan.offload, "activations")
-            if away:
-                least = min(kept, 2 * saved / max(1, sum(stage.kinds)) + ends)
-                kept -= min(away * (kept - least), self.cluster.device.host_memory_bytes)  # what the host can't hold stays
-            found.append((kept, working))
+            least = min(kept, 2 * saved / max(1, sum(stage.kinds)) + ends)
+            found.append((kept, working, away * (kept - least)))
         return found
 
-    def _within(self, budget: int, stage: Stage, sizes: Sequence[Any], free: Sequence[Any], flight: float) -> float:
-        """Kept bytes per micro-batch when as many blocks as the budget allows are not recomputed."""
-        kept = float(sum(c * sizes[kind].kept for kind, c in enumerate(stage.kinds)))
-        for kind, count in enumerate(stage.kinds):
-            for _ in range(count):
-                more = free[kind].kept - sizes[kind].kept
-                if (kept + more) * flight > budget:
-                    return kept
-                kept += more
-        return kept
+    def _spared(self, budget: int, stage: Stage, split: Split, flight: float) -> tuple[float, float]:
+        """Bytes that a stage keeps of each micro-batch beyond full recompute within a budget, and seconds of backward spared."""
+        full = self.units(split)
+        saved, ends, _ = full.keep(stage)
+        if id(stage) not in full.steps:
+            free, blocks = self.units(replace(split, recompute="none")), []
+            for kind, count in enumerate(stage.kinds):
+                more = free.sizes[kind].kept - full.sizes[kind].kept
+                seconds = full.times[kind].total_backward - free.times[kind].total_backward
+                blocks.append((count, more, seconds, self.shape.kinds[kind].front))
+            full.steps[id(stage)] = steps(blocks)
+        return shared_out(full.steps[id(stage)], stage.kinds, (budget - ends) / flight - saved)
+
+    def states(self, plan: Plan, elements: Elements) -> States:
+        """Model states of a rank with these parameters."""
+        return states(plan, elements, self.width, self.on_host)
+
+    def needs(self, plan: Plan, held: States) -> Need:
+        """What the device and its host hold besides activations."""
+        always = held.parameters + held.optimizer + held.gathered * (1 + self.slack) + outside_allocator(plan, self.kernels)
+        first = always + (held.gradients if self.whole_gradients(plan) else 0.0)
+        return first, always + held.gradients, self.cluster.device.host_memory_bytes - held.host
+
+    def fits(self, needs: Sequence[Need], moments: Sequence[Moment]) -> bool:
+        """Whether some ranks have what they need."""
+        capacity, slack = self.cluster.device.memory_bytes, 1 + self.slack
+        for (first, after, room), (kept, working, movable) in zip(needs, moments, strict=True):
+            if room < 0 or after > capacity or first + (kept - min(movable, room) + working) * slack > capacity:
+                return False
+        return True
+
+    def budget(self, needs: Sequence[Need], least: Sequence[Moment], most: Sequence[Moment]) -> str | None:
+        """`recompute=` with the largest budget (whole MB) that fits every rank, None if none does.
+
+        By rank: what `needs` says, and activations with everything and with nothing recomputed.
+        """
+        capacity, room = self.cluster.device.memory_bytes, float("inf")
+        for (first, after, host), (low, working, _), (high, *_) in zip(needs, least, most, strict=True):
+            can = (capacity - first) / (1 + self.slack) - working
+            if host < 0 or after > capacity or can < low:
+                return None
+            if can < high:
+                room = min(room, can)
+        whole = int(min(room, max(high for high, *_ in most)) // 1e6)
+        return f"budget={whole}M" if all(whole * 1e6 >= low for low, *_ in least) else None
+
+    def budgeted(self, plan: Plan, items: int) -> Plan | None:
+        """A plan that does not fit without recompute, with the largest budget that does; None if there is none."""
+        if moved(plan.offload, "activations"):
+            return None
+        stages, heads = self.stages(plan), self.heads(plan)
+        needs = [self.needs(plan, self.states(plan, self.elements(plan, stages[rank]))) for rank in heads]
+        split = self.split(plan, items)
+        least, most = (self.activations(plan, replace(split, recompute=r), heads) for r in ("full", "none"))
+        found = self.budget(needs, least, most)
+        return None if found is None else replace(plan, recompute=found)
 
     def whole_gradients(self, plan: Plan) -> bool:
         """Whether every gradient is in memory while the first backward runs: with several micro-batches, or in flat buffers."""
-        return self.shape.mode != "eager" or plan.microbatches > 1 or plan.pp > 1
+        return self.flat_gradients or plan.microbatches > 1 or plan.pp > 1
 
-    def _moments(self, plan: Plan, held: States, activations: float, working: float) -> dict[str, float]:
+    def _moments(self, plan: Plan, held: States, moment: Moment) -> dict[str, float]:
         """The worst of two moments: the first backward with every activation there, and after the backward with every gradient."""
-        whole = self.whole_gradients(plan)
-        first = activations + working + (held.gradients if whole else 0.0)
+        first, after, room = self.needs(plan, held)
+        kept, working, movable = moment
+        kept -= min(movable, max(0.0, room))
         parts = {"parameters": held.parameters, "gradients": held.gradients, "optimizer": held.optimizer}
-        if first >= held.gradients:
+        if first + (kept + working) * (1 + self.slack) >= after:
             parts |= {
-                "gradients": held.gradients if whole else 0.0,
-                "activations": activations,
+                "gradients": held.gradients if self.whole_gradients(plan) else 0.0,
+                "activations": kept,
                 "temporary": working + held.gathered,
             }
         else:
             parts |= {"activations": 0.0, "temporary": held.gathered}
         return parts | {"peak": sum(parts.values())}
 
-    def _ranks(self, plan: Plan, split: Split) -> tuple[list[float], list[float], list[float], float]:
-        """Seconds of one micro-batch on each rank of the pipeline (forward, backward, weights), and of one send."""
-        times = self.units(split)[0]
-        n = len(self.shape.kinds)
-        stages = self.stages(plan)
-        spared = self._not_recomputed(plan, split.items, stages)
-        sent = self._sent(plan, split.items)
+    def _ranks(self, plan: Plan, split: Split, ranks: Iterable[int]) -> list[tuple[float, float, float]]:
+        """Seconds of one micro-batch on ranks of the pipeline: forward, backward, weights, without sends."""
+        stages, units, budget = self.stages(plan), self.units(split), budget_bytes(plan.recompute)
+        if budget is None:
+            return [units.time(stages[rank]) for rank in ranks]
         seen: dict[Any, tuple[float, float, float]] = {}
-        ranks = []
-        for stage, free in zip(stages, spared, strict=True):
-            key = (id(stage), free)
-            if key not in seen:
-                seen[key] = self._stage_time(stage, times, n, plan, split.items, free)
-            ranks.append(seen[key])
-        return [f + sent for f, _, _ in ranks], [b + sent for _, b, _ in ranks], [w for _, _, w in ranks], sent
+        found = []
+        for rank in ranks:
+            stage = stages[rank]
+            flight = pipeline.in_flight(plan.schedule, plan.virtual, plan.pp, plan.microbatches, rank)
+            if (id(stage), flight) not in seen:
+                forward, backward, weight = units.time(stage)
+                seen[id(stage), flight] = forward, backward - self._spared(budget, stage, split, flight)[1], weight
+            found.append(seen[id(stage), flight])
+        return found
+
+    def least(self, plan: Plan, split: Split) -> float:
+        """Seconds of its busiest rank, a lower bound of a schedule's span."""
+        return plan.microbatches * max(map(sum, self._ranks(plan, split, self.heads(plan))))
 
     def base(self, plan: Plan, split: Split) -> Base:
         """What the schedule takes: the same for every way to use the data axes and to offload."""
-        times = self.units(split)[0]
-        stages = self.stages(plan)
-        forward, backward, weight, sent = self._ranks(plan, split)
+        stages, sent = self.stages(plan), self._sent(plan, split.items)
+        ranks = self._ranks(plan, split, range(plan.pp))
+        forward, backward, weight = [f + sent for f, _, _ in ranks], [b + sent for _, b, _ in ranks], [w for _, _, w in ranks]
         micro = plan.microbatches
         span = pipeline.step(plan.schedule, plan.virtual, micro, forward, backward, weight)
         whole = [f + b + w for f, b, w in zip(forward, backward, weight, strict=True)]
         busiest = whole.index(max(whole))
-        parts = self._parts(stages[busiest], times, len(self.shape.kinds))
+        parts = self._parts(stages[busiest], self.units(split).times)
         cost = {name: micro * seconds for name, seconds in parts.items()}
         cost["pp_comm"] = micro * 2 * sent
         cost["compute"] = micro * (whole[busiest] - 2 * sent - sum(parts.values()))
@@ -322,46 +426,16 @@ class Pricer:
 
     def cost(self, plan: Plan, base: Base) -> dict[str, float]:
         """Seconds by purpose; they sum to the step."""
-        times, sizes = self.units(base.split)
+        times, sizes = self.units(base.split).times, self.units(base.split).sizes
         cost = dict(base.cost)
         cost["dp_comm_exposed"] = self._data_axes(plan, base.most, base.stage, times, base.backward)
+        if plan.update == "backward" and plan.clip == "two_pass":  # a first pass for the norm, whose gradients are dropped
+            cost = {name: 2 * seconds for name, seconds in cost.items()}
         cost["optimizer"] = self._optimizer(plan, base.most)
         cost["offload"] = self._offload(plan, base.most, sizes, base.stage, plan.microbatches, base.busy)
         return cost
 
-    def _not_recomputed(self, plan: Plan, items: int, stages: Sequence[Stage]) -> list[int]:
-        """Blocks of each rank that a budget spares from recompute; 0 for every other setting."""
-        budget = budget_bytes(plan.recompute)
-        if budget is None:
-            return [0] * len(stages)
-        sizes = self.units(self.split(plan, items))[1]
-        free = self.units(Split(items, plan.tp, plan.sp, plan.cp, plan.ep, plan.precision, "none"))[1]
-        spared = []
-        for rank, stage in enumerate(stages):
-            flight = pipeline.in_flight(plan.schedule, plan.virtual, plan.pp, plan.microbatches, rank)
-            kept = sum(c * sizes[kind].kept for kind, c in enumerate(stage.kinds))
-            total = self._within(budget, stage, sizes, free, flight)
-            each = max((free[k].kept - sizes[k].kept for k, c in enumerate(stage.kinds) if c), default=0.0)
-            spared.append(int((total - kept) / each + 0.5) if each > 0 else 0)
-        return spared
-
-    def _stage_time(
-        self, stage: Stage, times: Sequence[UnitTime], n: int, plan: Plan, items: int, spared: int
-    ) -> tuple[float, float, float]:
-        f = b = w = 0.0
-        parts = [(times[kind], count) for kind, count in enumerate(stage.kinds) if count]
-        parts += [(times[n], 1)] * stage.before + [(times[n + 1], 1)] * stage.after
-        for unit, count in parts:
-            f += count * unit.total_forward
-            b += count * (unit.total_backward - unit.weight)
-            w += count * unit.weight
-        if spared:
-            free = self.units(Split(items, plan.tp, plan.sp, plan.cp, plan.ep, plan.precision, "none"))[0]
-            kind = next(k for k, c in enumerate(stage.kinds) if c)
-            b -= spared * (times[kind].total_backward - free[kind].total_backward)
-        return f, b, w
-
-    def _parts(self, stage: Stage, times: Sequence[UnitTime], n: int) -> dict[str, float]:
+    def _parts(self, stage: Stage, times: Sequence[UnitTime]) -> dict[str, float]:
         total = dict.fromkeys(("tp_comm", "cp_comm", "ep_comm"), 0.0)
         counts = [*stage.kinds, int(stage.before), int(stage.after)]
         for unit, count in zip(times, counts, strict=True):
@@ -370,7 +444,7 @@ class Pricer:
             total["ep_comm"] += count * (unit.ep_forward + unit.ep_backward)
         return total
 
-    def _sent(self, plan: Plan, items: int) -> float:
+    def _sent(self, plan: Plan, items: float) -> float:
         """Seconds that a stage's sends add to a micro-batch's forward, and again to its backward."""
         if plan.pp == 1 or not self.shape.boundaries:
             return 0.0
@@ -386,7 +460,7 @@ class Pricer:
         table = constants()["collective"]
         # A CPU moves the bytes of a collective with the cores that compute: nothing is hidden there.
         slow = float(table["interference"]) if self.cluster.device.kernels != "cpu" else 1.0
-        gradients = most.dense + most.experts / (1 if plan.ep == 1 else plan.ep) * 1.0
+        gradients = most.total
         if plan.dp_shard > 1 and plan.zero == 3 and plan.pp == 1:  # stages of a pipeline gather theirs once a step
             return self._fully_sharded(plan, stage, times, slow)
         width, live = float(self.width), 2.0 if plan.precision != "fp32" else float(self.width)
@@ -413,8 +487,7 @@ class Pricer:
         for kind, count in enumerate(stage.kinds):
             if not count:
                 continue
-            d, e = self.shape.kinds[kind].weights.local(plan.tp, plan.ep)
-            size = d + e / max(1, plan.ep)
+            size = sum(self.shape.kinds[kind].weights.local(plan.tp, plan.ep))
             come, leave = gather(shard, live * size), self._scatter(shard, width * size)
             leave += all_reduce(replicate, width * size / shard.n) / plan.microbatches
             f, b = times[kind].total_forward, times[kind].total_backward
@@ -427,27 +500,36 @@ class Pricer:
 
     def _optimizer(self, plan: Plan, most: Elements) -> float:
         table = constants()["step"]
+        seconds = 0.0 if self.on_host else table["fixed_ms"] * 1e-3
+        here = self._divided(plan, most) * (1.0 - moved(plan.offload, "optimizer", self.on_host))
+        each = table["optimizer_bytes"] + 2 * (self._stored(plan) - FULL_STORAGE)
+        return float(seconds + here * each / self.cluster.device.memory_bytes_per_s)
+
+    def _divided(self, plan: Plan, most: Elements) -> float:
+        """Parameters that a rank's optimizer updates."""
         shard = plan.shards
         held = most.total / shard if plan.ep == 1 else most.dense / shard + most.experts / max(1, shard // plan.ep)
-        seconds = table["fixed_ms"] * 1e-3 if self.cluster.device.kernels != "cpu" else 0.0
-        here = held * (1.0 - moved(plan.offload, "optimizer"))
-        return float(seconds + here * table["optimizer_bytes"] / self.cluster.device.memory_bytes_per_s)
+        return held * most.trained
+
+    def _stored(self, plan: Plan) -> float:
+        """Bytes per parameter that an update reads and writes: full-precision weights (or what stands for them) and two states."""
+        live, _, master, state = widths(plan, self.width, plan.zero == 3 and plan.shards > 1)
+        return 2 * state + (master if master == self.width else live + master)
 
     def _offload(self, plan: Plan, most: Elements, sizes: Sequence[Any], stage: Stage, micro: int, busy: float) -> float:
         """Seconds that transfers to host memory or disk add beyond what compute hides."""
-        if plan.offload == "none":
-            return 0.0
         table, device = constants()["step"], self.cluster.device
         link = device.host_bytes_per_s or 25e9
         seconds = 0.0
         for item in offloads(plan.offload):
-            held = item.fraction * most.total / plan.shards
+            if self.on_host and item.directory is None:
+                continue
+            held, stored = item.fraction * self._divided(plan, most), self._stored(plan)
             disk = table["nvme_gb_s"] * 1e9 / self.cluster.per_node if item.directory else None
             if item.what == "optimizer":
-                seconds += 6.0 * held / link + held * table["cpu_adam_bytes"] * self.cluster.per_node / (
-                    table["host_memory_gb_s"] * 1e9
-                )
-                seconds += 24.0 * held / disk if disk else 0.0
+                each = table["cpu_adam_bytes"] + 2 * (stored - FULL_STORAGE)
+                seconds += 6.0 * held / link + held * each * self.cluster.per_node / (table["host_memory_gb_s"] * 1e9)
+                seconds += 2 * stored * held / disk if disk else 0.0
             elif item.what == "params":
                 seconds += max(0.0, 2 * micro * 2.0 * held / min(link, disk or link) - micro * busy)
             else:
@@ -466,7 +548,7 @@ class Pricer:
         flops = shape.flops[0] + shape.flops[1] * batch
         reserved, on_device = self.on_device(plan, memory)
         peak = device.peak_flops("float8" if plan.precision == "fp8" else {"fp32": "float32"}.get(plan.precision, "bfloat16"))
-        fits = on_device <= device.memory_bytes
+        fits = on_device <= device.memory_bytes and self.host_bytes(plan) <= device.host_memory_bytes
         return Prediction(
             plan=str(plan),
             devices=devices,
@@ -490,28 +572,11 @@ class Pricer:
 
     def on_device(self, plan: Plan, memory: dict[str, float]) -> tuple[float, float]:
         """Bytes reserved by the allocator, and on the device in all."""
-        if self.cluster.device.kernels == "cpu":
-            return memory["peak"], memory["peak"]
-        reserved = memory["peak"] + constants()["memory"]["slack"] * (memory["activations"] + memory["temporary"])
-        return reserved, reserved + outside_allocator(plan, self.cluster.device.kernels)
-
-    def heaviest_device_bytes(self, plan: Plan, held: Sequence[States], moments: Sequence[tuple[float, float]]) -> float:
-        """Bytes on the device of the heaviest of some ranks, in all: what `fits` compares, without the itemised record."""
-        whole = self.whole_gradients(plan)
-        peak = moving = 0.0
-        for state, (kept, working) in zip(held, moments, strict=True):
-            gradients = state.gradients if whole else 0.0
-            if kept + working + gradients >= state.gradients:
-                changing = kept + working + state.gathered
-            else:
-                gradients, changing = state.gradients, state.gathered
-            live = state.parameters + state.optimizer + gradients + changing
-            if live > peak:
-                peak, moving = live, changing
-        return self.on_device(plan, {"peak": peak, "activations": moving, "temporary": 0.0})[1]
+        reserved = memory["peak"] + self.slack * (memory["activations"] + memory["temporary"])
+        return reserved, reserved + outside_allocator(plan, self.kernels)
 
     def _hardware(self, plan: Plan, items: int) -> float:
-        times = self.units(self.split(plan, items))[0]
+        times = self.units(self.split(plan, items)).times
         counts = [self.shape.calls.count(kind) for kind in range(len(self.shape.kinds))] + [1, 1]
         per_rank = sum(unit.hardware_flops * count for unit, count in zip(times, counts, strict=True))
         return per_rank * plan.microbatches * plan.degree_product() / plan.pp

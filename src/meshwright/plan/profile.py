@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from meshwright.blueprint.record import Blueprint, Op, ParameterRecord, Saved, Unit
 from meshwright.plan.graph import Graph, Kernel, Size, build, is_view, saved_root
-from meshwright.plan.recompute import repeated, selective, unit_costs
+from meshwright.plan.recompute import Front, hull, repeated, selective, unit_costs
 from meshwright.plan.stages import CPU, GPU, cell_seconds
 
 PLAIN = {"add", "sub", "mul", "neg", "relu", "threshold_backward", "copy", "fill", "zero", "zeros_like", "ones_like", "clone"}
@@ -124,6 +124,8 @@ class UnitProfile:
     kv: Size
     attention: bool
     spared: float | None = None
+    front: Front = ((0.0, 1.0), (1.0, 0.0))
+    """What `recompute=budget=` chooses from (`plan/recompute.hull`); a hand-fused stack recomputes whole blocks."""
     peaks: tuple[object, object] | None = None
 
 
@@ -246,6 +248,7 @@ def _unit(unit: Unit, mode: str, blueprint: Blueprint, after: bool | None) -> Un
         kv=_kv(unit, graph),
         attention=any(op.kind == "attention" for op in unit.forward) or bool(core),
         spared=choice.bytes / costs.saved if choice is not None and costs.saved else None,
+        front=hull(costs) if choice is not None else UnitProfile.front,
         peaks=(unit.forward_peak, unit.backward_peak) if after is None and mode == "eager" else None,
     )
 

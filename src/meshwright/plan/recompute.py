@@ -18,9 +18,11 @@ The runtime (`parallel/recompute.py`) and the planner call the same functions, o
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from meshwright.blueprint.costs import PRODUCTS
 from meshwright.blueprint.record import Blueprint, Unit
@@ -50,6 +52,11 @@ class BlockCosts:
     saved: int
     forward: float
     items: tuple[Item, ...] = ()
+
+
+Front = tuple[tuple[float, float], ...]
+Step = tuple[int, float, float]
+"""A kind of block, and the bytes and the seconds of one step along its hull."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,55 @@ def fit(blocks: Sequence[tuple[BlockCosts, int]], outside: int, budget: int) -> 
     return chosen[::-1]
 
 
+def hull(costs: BlockCosts) -> Front:
+    """The choices that a budget over many equal blocks is made of, as parts of what full recompute spares and of what it takes:
+    the corners of the front's lower hull, from (0, 1), everything computed again, to (1, 0), nothing.
+    """
+    choices = front(costs)
+    low, high, most = choices[0].bytes, choices[-1].bytes, choices[0].seconds
+    if high <= low or most <= 0:
+        return ((0.0, 0.0),)
+    corners: list[tuple[float, float]] = []
+    for choice in choices:
+        point = (choice.bytes - low) / (high - low), choice.seconds / most
+        while len(corners) > 1 and _steepness(corners[-2], corners[-1]) <= _steepness(corners[-2], point):
+            corners.pop()
+        corners.append(point)
+    return tuple(corners)
+
+
+def _steepness(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (a[1] - b[1]) / (b[0] - a[0])
+
+
+def steps(blocks: Sequence[tuple[int, float, float, Front]]) -> list[Step]:
+    """What to keep first: a step from corner to corner of each kind's `hull`, those that spare most seconds per byte first.
+
+    `blocks` are, by kind, (how many, bytes and seconds from full recompute to none, hull).
+    """
+    found = []
+    for kind, (count, nbytes, seconds, corners) in enumerate(blocks):
+        for a, b in pairwise(corners):
+            if count and nbytes > 0:
+                found.append((-_steepness(a, b) * seconds / nbytes, kind, (b[0] - a[0]) * nbytes, (a[1] - b[1]) * seconds))
+    return [step[1:] for step in sorted(found)]
+
+
+def shared_out(ordered: Sequence[Step], counts: Sequence[int], room: float) -> tuple[float, float]:
+    """Bytes kept beyond full recompute, and seconds of recompute that they spare, with `room` bytes for all blocks of a rank.
+
+    Within one step of one block of what `fit` finds, in no time.
+    """
+    left, spared = max(0.0, room), 0.0
+    reached = list(counts)
+    for kind, nbytes, seconds in ordered:
+        reached[kind] = min(reached[kind], int(left / nbytes))
+        left -= reached[kind] * nbytes
+        spared += reached[kind] * seconds
+    return max(0.0, room) - left, spared
+
+
+@functools.cache
 def budget_bytes(recompute: str) -> int | None:
     """The bytes of `recompute=budget=BYTES` (`200M`, `1GB`, `65536`: powers of ten), None for another mode."""
     found = re.fullmatch(r"budget=(\d+)([KMGT]?)B?", recompute)

@@ -82,11 +82,6 @@ class Schedule:
         """Stages of the whole pipeline: ranks x virtual."""
         return len(self.stage_ranks)
 
-    @property
-    def splits_backward(self) -> bool:
-        """Whether any backward is divided into input gradients (I) and weight gradients (W)."""
-        return any(action.kind == "W" for row in self.actions for action in row)
-
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that a rank holds, in order."""
         return tuple(stage for stage, owner in enumerate(self.stage_ranks) if owner == rank)

@@ -7,19 +7,20 @@ of brute force (tests hold it to that). Every rejection keeps its reason and how
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meshwright.blueprint.record import Blueprint
 from meshwright.cluster import Cluster
 from meshwright.errors import ConfigError, PlanError
-from meshwright.plan.footprint import Elements, States, states
+from meshwright.plan.footprint import Elements
 from meshwright.plan.plan import Plan, moved
-from meshwright.plan.predict import Base, Pricer
+from meshwright.plan.predict import Base, Moment, Need, Pricer
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.space import Family, Space, divisors
 from meshwright.plan.time import Split
@@ -29,6 +30,9 @@ PATIENCE_S = 2.0
 """Seconds spent at most to find a cluster that would do, when the one at hand does not."""
 MEMORY = "does not fit in memory"
 SLOWER = "slower than the plans kept, by a bound"
+
+
+Tail = tuple[int, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,9 @@ def search(
     found: list[tuple[Cluster, _Best]] = []
     for each in sizes:
         pricer = Pricer.of(blueprint, each, precision, compiled)
-        space = Space(pricer.shape, each.devices, global_batch, precision, compiled, tuple((fixed or {}).items()), accepts)
+        space = Space(
+            pricer.shape, each.devices, global_batch, precision, compiled, tuple((fixed or {}).items()), accepts, pricer.on_host
+        )
         best = _Best(pricer, space, top)
         best.run()
         if best.kept or objective == "fastest":
@@ -168,6 +174,15 @@ def _model(blueprint: Blueprint, pricer: Pricer, precision: str) -> dict[str, An
     }
 
 
+@dataclass
+class _Held:
+    """Model states on ranks that may be the heaviest: their elements, `Pricer.needs` by tail's place, and the least of these."""
+
+    elements: list[Elements]
+    needs: dict[int, list[Need]] = field(default_factory=dict)
+    least: list[Need] = field(default_factory=list)
+
+
 class _Best:
     """The best plans so far, and the count of all others by reason. `kept` is a heap of (-seconds, -order, plan)."""
 
@@ -179,10 +194,9 @@ class _Best:
         self.priced = 0
         self.capacity = pricer.cluster.device.memory_bytes
         self._known_schedules: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        self._known_tails: dict[int, list[dict[str, Any]]] = {}
+        self._known_tails: dict[int, list[list[Tail]]] = {}
         self._totals: dict[tuple[int, int], float] = {}
-        self._held: dict[Any, list[list[States]]] = {}
-        self._least: dict[Any, list[tuple[float, float]]] = {}
+        self._known_held: dict[Any, _Held] = {}
 
     def run(self) -> None:
         """Visit every family, the most promising first; its bound is sharpened when it first comes up."""
@@ -194,20 +208,28 @@ class _Best:
             if n == 0:
                 continue
             if self._least_memory(family) > self.capacity:
-                self._reject(MEMORY, n)
+                self.reject(MEMORY, n)
                 continue
             waiting.append((self._floor(family, floors), order, False, family))
         heapq.heapify(waiting)
         while waiting:
             bound, order, sharp, family = heapq.heappop(waiting)
             if bound >= self.worst:
-                self._reject(SLOWER, self._count(family) + sum(self._count(f) for *_, f in waiting))
+                self.reject(SLOWER, self._count(family) + sum(self._count(f) for *_, f in waiting))
                 break
             if sharp:
                 self._visit(family, order)
             else:
                 whole = self._blocks(family, family.items) * family.micro / family.pp
                 heapq.heappush(waiting, (max(bound, whole), order, True, family))
+
+    def held(self, family: Family, some: Plan) -> _Held:
+        """What the tails of families with equal axes hold."""
+        key = (family.tp, family.cp, family.ep, family.pp, family.data, family.micro == 1, some.schedule, some.virtual)
+        if key not in self._known_held:
+            stages = self.pricer.stages(some)
+            self._known_held[key] = _Held([self.pricer.elements(some, stages[rank]) for rank in self.pricer.heads(some)])
+        return self._known_held[key]
 
     @property
     def worst(self) -> float:
@@ -220,13 +242,21 @@ class _Best:
             self._known_schedules[key] = self.space.schedules(*key)
         return self._known_schedules[key]
 
-    def _tails(self, family: Family) -> list[dict[str, Any]]:
+    def _tails(self, family: Family) -> list[list[Tail]]:
+        """The tails of a family, those alike but for the number of shards together, the most shards first.
+
+        More shards never hold more, so where one of a list does not fit, nor do those after it. No shards is apart: it takes one
+        communicator less.
+        """
         if family.data not in self._known_tails:
-            self._known_tails[family.data] = self.space.tails(family.data)
+            lists: dict[Any, list[Tail]] = {}
+            for place, tail in enumerate(self.space.tails(family.data)):
+                lists.setdefault((tail["zero"], tail["offload"], tail["dp_shard"] > 1), []).append((place, tail))
+            self._known_tails[family.data] = [sorted(each, key=lambda entry: -entry[1]["dp_shard"]) for each in lists.values()]
         return self._known_tails[family.data]
 
     def _count(self, family: Family) -> int:
-        return len(self._schedules(family)) * len(self._tails(family))
+        return len(self._schedules(family)) * sum(map(len, self._tails(family)))
 
     def predictions(self) -> list[Prediction]:
         """The kept plans, best first."""
@@ -245,13 +275,13 @@ class _Best:
         return floors[key] * family.items * family.micro / family.pp
 
     def _blocks(self, family: Family, items: int) -> float:
-        times = self.pricer.units(self._split(family, items))[0]
+        times = self.pricer.units(self._split(family, items)).times
         calls = self.pricer.shape.calls
         counts = [calls.count(kind) for kind in range(len(self.pricer.shape.kinds))] + [1, 1]
         return sum(count * (unit.total_forward + unit.total_backward) for unit, count in zip(times, counts, strict=True))
 
     def _split(self, family: Family, items: int) -> Split:
-        return Split(items, family.tp, family.sp, family.cp, family.ep, self.space.precision, family.recompute)
+        return self.pricer.split(self.space.plan(family, {}), items)
 
     def _least_memory(self, family: Family) -> float:
         """A lower bound of the bytes on the heaviest rank: everything sharded and offloaded, one micro-batch's inputs kept."""
@@ -262,97 +292,116 @@ class _Best:
         return self._totals[key] / family.pp / max(1, family.data * family.cp) * self.pricer.width
 
     def _visit(self, family: Family, order: int) -> None:
-        """Price the members of a family, a schedule at a time: by its time, by the least memory, then member by member."""
+        """Price the members of a family, a schedule at a time: by the time of the busiest rank, by memory, then one by one."""
         split = self._split(family, family.items)
         tails = self._tails(family)
+        count = sum(map(len, tails))
         for place, schedule in enumerate(self._schedules(family)):
             some = self.space.plan(family, schedule)
-            if self._too_large(family, some, split, self._least_states(family, some)):
-                self._reject(MEMORY, len(tails))
+            if self.pricer.least(some, split) >= self.worst:
+                self.reject(SLOWER, count)
                 continue
-            base = self.pricer.base(some, split)
-            if base.span >= self.worst:
-                self._reject(SLOWER, len(tails))
-            else:
-                self._price(family, some, split, base, order * 1000000 + place * len(tails))
-
-    def _elements(self, family: Family, some: Plan) -> list[Elements]:
-        """Parameters on each rank that may be the heaviest."""
-        stages = self.pricer.stages(some)
-        return [self.pricer.elements(some, stages[rank]) for rank in self.pricer.heads(some)]
-
-    def _least_states(self, family: Family, some: Plan) -> list[tuple[float, float]]:
-        """On each rank that may be the heaviest, the least bytes of states that any member has: with gradients, and without.
-
-        More shards never hold more, and offload never adds, so the widest sharding at each ZeRO stage is enough.
-        """
-        key = (family.tp, family.cp, family.ep, family.pp, family.data, some.schedule, some.virtual)
-        if key not in self._least:
-            wide = {"dp_replicate": 1, "dp_shard": family.data, "schedule": some.schedule, "virtual": some.virtual}
-            plans = [self.space.plan(family, wide | {"zero": zero, "offload": "optimizer:cpu"}) for zero in (1, 2, 3)]
-            least = []
-            for each in self._elements(family, some):
-                held = [states(plan, each, self.pricer.width) for plan in plans]
-                least.append(
-                    (min(h.parameters + h.optimizer + h.gradients for h in held), min(h.parameters + h.optimizer for h in held))
-                )
-            self._least[key] = least
-        return self._least[key]
-
-    def _states(self, family: Family, some: Plan, plans: Sequence[Plan]) -> list[list[States]]:
-        """Model states of each plan; the same list for plans that hold the same, and kept for families of equal axes."""
-        key = (family.tp, family.cp, family.ep, family.pp, family.data, some.schedule, some.virtual)
-        if key not in self._held:
-            known: dict[Any, list[States]] = {}
-            elements = self._elements(family, some)
-            table = []
-            for plan in plans:
-                same = (plan.dp_shard, plan.zero, moved(plan.offload, "optimizer"), moved(plan.offload, "params"))
-                if same not in known:
-                    known[same] = [states(plan, each, self.pricer.width) for each in elements]
-                table.append(known[same])
-            self._held[key] = table
-        return self._held[key]
-
-    def _too_large(self, family: Family, some: Plan, split: Split, least: Sequence[tuple[float, float]]) -> bool:
-        """Whether no member fits: the least of every kind of state, with activations offloaded where that is allowed."""
-        lean = self.space.plan(family, {"schedule": some.schedule, "virtual": some.virtual, "offload": "activations:cpu"})
-        heads = self.pricer.heads(some)
-        whole = self.pricer.whole_gradients(some)
-        moments = self.pricer.activations(lean, split, heads)
-        return any(
-            states[0 if whole else 1] + kept + working > self.capacity
-            for states, (kept, working) in zip(least, moments, strict=True)
-        )
-
-    def _price(self, family: Family, some: Plan, split: Split, base: Base, order: int) -> None:
-        heads = self.pricer.heads(some)
-        schedule = {"schedule": some.schedule, "virtual": some.virtual}
-        plans = [self.space.plan(family, schedule | tail) for tail in self._tails(family)]
-        moments: dict[float, list[tuple[float, float]]] = {}
-        for place, (plan, held) in enumerate(zip(plans, self._states(family, some, plans), strict=True)):
-            away = moved(plan.offload, "activations")
-            if away not in moments:
-                moments[away] = self.pricer.activations(plan, split, heads)
-            if self.pricer.heaviest_device_bytes(plan, held, moments[away]) > self.capacity:
-                self._reject(MEMORY, 1)
+            member = _Member(self, family, schedule, some, split, order * 1000000 + place * count)
+            if not member.may_fit(tails):
+                self.reject(MEMORY, count)
                 continue
-            self.priced += 1
-            self._offer(sum(self.pricer.cost(plan, base).values()), order + place, plan)
+            for alike in tails:
+                member.price(alike)
 
-    def _offer(self, seconds: float, order: int, plan: Plan) -> None:
+    def offer(self, seconds: float, order: int, plan: Plan) -> None:
         entry = (-seconds, -order, plan)
         if len(self.kept) < self.top:
             heapq.heappush(self.kept, entry)
         elif entry[:2] > self.kept[0][:2]:
             heapq.heapreplace(self.kept, entry)
-            self._reject("slower than the plans kept", 1)
+            self.reject("slower than the plans kept", 1)
         else:
-            self._reject("slower than the plans kept", 1)
+            self.reject("slower than the plans kept", 1)
 
-    def _reject(self, reason: str, count: int) -> None:
+    def reject(self, reason: str, count: int) -> None:
         if count:
             self.rejected[reason] = self.rejected.get(reason, 0) + count
+
+
+class _Member:
+    """A family under one schedule: what all its ways to use the data axes and to offload have in common is computed once."""
+
+    def __init__(self, best: _Best, family: Family, schedule: dict[str, Any], some: Plan, split: Split, order: int) -> None:
+        self.best, self.pricer, self.family, self.schedule = best, best.pricer, family, schedule
+        self.some, self.split, self.order = some, split, order
+        self.heads = self.pricer.heads(some)
+        self.held = best.held(family, some)
+        self.budgets = best.space.budgets(family)
+        self.full = replace(split, recompute="full")
+        self._bases: dict[str, Base] = {}
+        self._moments: dict[Any, list[Moment]] = {}
+
+    def may_fit(self, tails: Sequence[Sequence[Tail]]) -> bool:
+        """Whether the least of each kind of bytes that any tail holds would fit together."""
+        if not self.held.least:
+            widest = [(place, self.best.space.plan(self.family, self.schedule | tail)) for (place, tail), *_ in tails]
+            needs = [self._needs(place, plan) for place, plan in widest]
+            for each in zip(*needs, strict=True):
+                first, after, room = zip(*each, strict=True)
+                self.held.least.append((min(first), min(after), max(room)))
+        if self.budgets:
+            loosest = self.pricer.budget(self.held.least, self._kept("none", self.full), self._kept("none", self.split))
+            self.budgets = loosest is not None and self._least(self.some, loosest) < self.best.worst
+        away = max((tail["offload"] for (_, tail), *_ in tails), key=lambda offload: moved(offload, "activations"))
+        return self.budgets or self.pricer.fits(self.held.least, self._kept(away, self.split))
+
+    def _least(self, plan: Plan, recompute: str) -> float:
+        """A lower bound of the time of a plan with a budget."""
+        tried: Plan = object.__new__(Plan)
+        tried.__dict__.update(plan.__dict__, recompute=recompute)
+        return self.pricer.least(tried, self.full)
+
+    def price(self, tails: Sequence[Tail]) -> None:
+        """Offer each plan that fits and may be among the best; the first that does not fit stands for those after it."""
+        for index, (place, tail) in enumerate(tails):
+            plan = self.best.space.plan(self.family, self.schedule | tail)
+            needs = self._needs(place, plan)
+            kept = self._kept(plan.offload, self.split)
+            recompute = plan.recompute if self.pricer.fits(needs, kept) else self._budget(needs, plan)
+            if recompute is None:
+                self.best.reject(MEMORY, len(tails) - index)
+                return
+            split = self.split
+            if recompute != plan.recompute:
+                plan.__dict__["recompute"] = recompute  # made above, and nobody else's
+                split = self.full
+            if split is self.full and self._least(plan, plan.recompute) >= self.best.worst:
+                self.best.reject(SLOWER, len(tails) - index)
+                return
+            base = self._base(plan, split)
+            if base.span >= self.best.worst:
+                self.best.reject(SLOWER, len(tails) - index)
+                return
+            self.best.offer(sum(self.pricer.cost(plan, base).values()), self.order + place, plan)
+
+    def _base(self, plan: Plan, split: Split) -> Base:
+        if plan.recompute not in self._bases:
+            self._bases[plan.recompute] = self.pricer.base(plan, split)
+        return self._bases[plan.recompute]
+
+    def _needs(self, place: int, plan: Plan) -> list[Need]:
+        if place not in self.held.needs:
+            self.held.needs[place] = [self.pricer.needs(plan, self.pricer.states(plan, each)) for each in self.held.elements]
+        return self.held.needs[place]
+
+    def _kept(self, offload: str, split: Split) -> list[Moment]:
+        """Activations on the ranks that may be the heaviest (see `Pricer.activations`)."""
+        key = split is self.full, moved(offload, "activations")
+        if key not in self._moments:
+            plan = self.best.space.plan(self.family, self.schedule | {"offload": offload})
+            self._moments[key] = self.pricer.activations(plan, split, self.heads)
+        return self._moments[key]
+
+    def _budget(self, needs: Sequence[Need], plan: Plan) -> str | None:
+        """The largest budget of activations that makes a plan without recompute fit."""
+        if not self.budgets or moved(plan.offload, "activations"):
+            return None
+        return self.pricer.budget(needs, self._kept("none", self.full), self._kept("none", self.split))
 
 
 def _nothing(
@@ -367,29 +416,73 @@ def _nothing(
 ) -> str:
     """Why there is no plan, and the nearest thing that works."""
     pricer = Pricer.of(blueprint, cluster, precision, compiled)
-    space = Space(pricer.shape, cluster.devices, global_batch, precision, compiled, tuple((fixed or {}).items()), accepts)
+    space = Space(
+        pricer.shape, cluster.devices, global_batch, precision, compiled, tuple((fixed or {}).items()), accepts, pricer.on_host
+    )
     if not any(space.families()):
         held = " ".join(f"{name}={value}" for name, value in (fixed or {}).items())
         if held:
-            return f"no plan has {held} with {cluster.devices} devices and global_batch={global_batch}: leave one of them out"
+            works = _nearest(space, fixed or {})
+            return f"no plan has {held} with {cluster.devices} devices and global_batch={global_batch}: {works}"
         near = max(cluster.devices, round(global_batch / cluster.devices) * cluster.devices)
         return f"no data axis of {cluster.devices} devices divides global_batch={global_batch}: the nearest that works is {near}"
     here = f"{blueprint.model} does not fit on {cluster.devices} x {cluster.device.name}"
     began = time.perf_counter()
-    for factor in (2, 4, 8, 16, 32, 64, 128, 256):
-        if time.perf_counter() - began > PATIENCE_S:
-            break
-        larger = cluster.resized(cluster.nodes * factor) if cluster.nodes > 1 else _grown(cluster, factor)
-        batch = max(1, round(global_batch / larger.devices)) * larger.devices
-        try:
-            again = search(
-                blueprint, larger, batch, precision, top=1, compiled=compiled, fixed=fixed, accepts=accepts, advise=False
-            )
-        except PlanError:
+
+    def attempt(where: Cluster, held: dict[str, Any]) -> Search | None:
+        """The best plan there; with the nearest global batch that its devices divide where none has this one."""
+        near = max(1, round(global_batch / where.devices)) * where.devices
+        for batch in dict.fromkeys((global_batch, near)):
+            with contextlib.suppress(PlanError):
+                return search(
+                    blueprint, where, batch, precision, top=1, compiled=compiled, fixed=held, accepts=accepts, advise=False
+                )
+        return None
+
+    would = []
+    if "offload" not in (fixed or {}) and not pricer.on_host:
+        moved_all = attempt(cluster, (fixed or {}) | {"offload": "optimizer:cpu,params:cpu,activations:cpu"})
+        if moved_all is not None and moved_all.global_batch == global_batch:
+            would.append(f"here {moved_all.best}")
+    larger = _smallest(cluster, lambda where: attempt(where, fixed or {}), began)
+    if larger is not None:
+        beside = f" (with global_batch={larger.global_batch})" if larger.global_batch != global_batch else ""
+        would.append(f"{larger.cluster.text or larger.cluster.devices}{beside} as {larger.best}")
+    if not would:
+        return f"{here}, nor on any number of them that was tried: use devices with more memory"
+    return f"{here}: {', or '.join(would)} would do"
+
+
+def _nearest(space: Space, fixed: dict[str, Any]) -> str:
+    """The nearest value of one held field that works with the others."""
+    for name, value in fixed.items():
+        others = tuple((other, each) for other, each in fixed.items() if other != name)
+        if name not in {f.name for f in dataclasses.fields(Family)} or not isinstance(value, int):
             continue
-        beside = f" (with global_batch={batch})" if batch != global_batch else ""
-        return f"{here}: {larger.text or larger.devices} would do{beside}, as {again.best}"
-    return f"{here}, nor on any number of them that was tried: use devices with more memory"
+        values = {getattr(family, name) for family in replace(space, fixed=others).families()}
+        if values:
+            return f"the nearest that works is {name}={min(values, key=lambda each: (abs(each - value), each))}"
+    return "leave one of them out"
+
+
+def _smallest(cluster: Cluster, attempt: Callable[[Cluster], Search | None], began: float) -> Search | None:
+    """The smallest cluster that was found to do: by doubling, then between the last that does not and the first that does."""
+    sizes: list[Cluster] = []
+    for factor in (2, 4, 8, 16, 32, 64, 128, 256):
+        sizes.append(cluster.resized(cluster.nodes * factor) if cluster.nodes > 1 else _grown(cluster, factor))
+    least, found = cluster, None
+    for where in sizes:
+        if time.perf_counter() - began > PATIENCE_S:
+            return None
+        found = attempt(where)
+        if found is not None:
+            break
+        least = where
+    while found is not None and found.cluster.nodes - least.nodes > 1 and time.perf_counter() - began < PATIENCE_S:
+        between = found.cluster.resized((found.cluster.nodes + least.nodes) // 2)
+        again = attempt(between)
+        found, least = (again, least) if again is not None else (found, between)
+    return found
 
 
 def _grown(cluster: Cluster, factor: int) -> Cluster:

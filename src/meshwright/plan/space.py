@@ -53,6 +53,8 @@ class Space:
     compiled: bool = False
     fixed: tuple[tuple[str, Any], ...] = ()
     accepts: Callable[[Plan], bool] | None = None
+    on_host: bool = False
+    """Ranks compute on CPUs: offload to `cpu` does nothing."""
 
     @cached_property
     def _base(self) -> dict[str, Any]:
@@ -73,10 +75,8 @@ class Space:
             return
         each = self.global_batch // data
         # Where nothing is spared (fused attention in a fused stack keeps nothing of its core), repeating would only cost time.
-        core = dict(self.fixed).get("recompute") or any(
-            (kind.spared or 1.0) < 1.0 or any(kept.core for kept in kind.kept) for kind in self.shape.kinds
-        )
-        recomputes = self._values("recompute", [r for r in RECOMPUTE if core or r != "selective"])
+        core = any((kind.spared or 1.0) < 1.0 or any(kept.core for kept in kind.kept) for kind in self.shape.kinds)
+        recomputes = self._free("recompute", [r for r in RECOMPUTE if core or r != "selective"])
         counts = [m for m in divisors(each) if each // m <= LARGEST_MICRO_BATCH]
         for ep in self._values("ep", self._experts(tp, cp, data)):
             for micro in self._values("microbatches", counts):
@@ -87,9 +87,17 @@ class Space:
         """The plans of a family, as the fields in which they differ: every schedule with every tail."""
         return [schedule | tail for schedule in self.schedules(family.pp, family.micro) for tail in self.tails(family.data)]
 
+    def budgets(self, family: Family) -> bool:
+        """Whether plans of a family that don't fit may recompute by a budget instead of not at all."""
+        return family.recompute == "none" and self._takes_budgets
+
+    @cached_property
+    def _takes_budgets(self) -> bool:
+        return "recompute" not in dict(self.fixed) and self.shape.mode != "fused" and self._runs({"recompute": "budget=1G"})
+
     def tails(self, data: int) -> list[dict[str, Any]]:
         """What is done with `data` ranks of the data axes, and what is offloaded."""
-        offloads = self._values("offload", list(OFFLOAD))
+        offloads = self._free("offload", [o for o in OFFLOAD if not self.on_host or o == "none"])
         return [way | {"offload": offload} for way in self.data_axes(data) for offload in offloads]
 
     def data_axes(self, data: int) -> list[dict[str, Any]]:
@@ -106,12 +114,15 @@ class Space:
         if pp == 1:
             ways = [{"schedule": "1f1b", "virtual": 1}]
         else:
-            ways = [{"schedule": s, "virtual": 1} for s in SCHEDULES[:2] if pp <= layers]
+            asked = dict(self.fixed).get("schedule")
+            plain = [asked] if asked in ("gpipe", "layerwise") else list(SCHEDULES[:2])
+            ways = [{"schedule": s, "virtual": 1} for s in plain if pp <= layers and (s != "layerwise" or micro == 1)]
             folded = [("zbv", pp), ("dualpipev", 2 * pp)]  # with the micro-batches that fill them
             ways += [{"schedule": s, "virtual": 2} for s, least in folded if 2 * pp <= layers and micro >= least]
             if micro % pp == 0:
                 spread = [v for v in divisors(max(1, layers // pp)) if v > 1 and layers % (pp * v) == 0]
-                ways += [{"schedule": "interleaved", "virtual": v} for v in spread]
+                looped = "looped_bfs" if asked == "looped_bfs" else "interleaved"
+                ways += [{"schedule": looped, "virtual": v} for v in spread]
         split = str(self._base["split"])
         if split != "balanced":
             ways = [way for way in ways if pp * int(str(way["virtual"])) == split.count(",") + 1]
@@ -138,6 +149,11 @@ class Space:
         asked = dict(self.fixed).get(name)
         kept = [value for value in values if asked is None or value == asked]
         return [value for value in kept if self._runs(beside | {name: value})]
+
+    def _free(self, name: str, values: list[str]) -> list[str]:
+        """The values of a field that takes others too (a budget, a directory): those if none is asked for."""
+        asked = dict(self.fixed).get(name)
+        return self._values(name, values if asked is None else [asked])
 
     def _agrees(self, way: dict[str, Any]) -> bool:
         fixed = dict(self.fixed)

@@ -7,7 +7,7 @@ What happens between units, stages and data ranks is left to `predict.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from meshwright.cluster import Cluster
@@ -23,13 +23,15 @@ COMPUTE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfl
 class Split:
     """What one rank has of the work: micro-batch items and the degrees that divide a unit."""
 
-    items: int
+    items: float
     tp: int
     sp: bool
     cp: int
     ep: int
     precision: str
     recompute: str
+    chunks: int = 1
+    """Parts in which what runs after the blocks is computed (`loss_chunks`)."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,19 @@ def unit_time(unit: UnitProfile, split: Split, rate: Rates, tp: Group, cp: Group
     elif split.recompute == "selective":
         again, extra, again_launches = _phase(unit.recomputed, split, rate)
         flops += extra
-    again_gathered = split.sp and not any(kept.enters for kept in unit.kept)  # else its inputs are kept gathered
     host_f = f_launches * rate.launch + calls * each
-    host_b = (b_launches + w_launches + again_launches) * rate.launch + (1.5 if again_gathered else 1.0) * calls * each
+    host_b = (b_launches + w_launches + again_launches) * rate.launch + calls * each
     f += max(0.0, host_f - f - tp_f - ep_f)
     waits = max(0.0, host_b - b - w - again - tp_b - again_tp - ep_b)
     return UnitTime(f, b + again + waits, w, tp_f, tp_b + again_tp, cp_f, cp_b, ep_f, ep_b + again_ep, flops)
+
+
+def in_chunks(unit: UnitProfile, split: Split, rate: Rates, tp: Group, cp: Group, ep: Group) -> UnitTime:
+    """Seconds of the head and the loss: in `split.chunks` parts, each forward again in its backward (`partition/chunks.py`)."""
+    if split.chunks == 1:
+        return unit_time(unit, split, rate, tp, cp, ep)
+    part = unit_time(unit, replace(split, items=split.items / split.chunks, recompute="full"), rate, tp, cp, ep)
+    return UnitTime(*(split.chunks * value for value in astuple(part)))
 
 
 def _phase(phase: Phase, split: Split, rate: Rates) -> tuple[float, float, int]:
@@ -195,7 +204,7 @@ def _attend(attend: Attend, split: Split, rate: Rates) -> tuple[float, float]:
     if attend.causal:
         flops /= 2
     table = rate.table
-    keys = max(1, attend.keys)
+    keys = max(1.0, attend.keys / split.cp)  # a ring's kernels see one rank's keys at a time
     efficiency = table["attention"] * keys / (keys + table["attention_s0"]) * (table["attention_back"] if attend.backward else 1.0)
     efficiency *= attend.head / (attend.head + table["attention_head0"]) * rate.attention
     moved = (attend.moved[0] + attend.moved[1] * split.items) / share / split.cp * rate.element
@@ -243,4 +252,6 @@ def _dispatch(unit: UnitProfile, split: Split, rate: Rates, ep: Group) -> tuple[
         return 0.0, 0.0
     size = unit.routed[1] * split.items * rate.element / split.cp / (split.tp if split.sp else 1)
     seconds = 2 * all_to_all(ep, size)
+    if unit.weights.n_experts > split.ep:  # what comes, by rank, is put in the order of the experts here, and back
+        seconds += 2 * 2 * size / rate.memory
     return seconds, seconds
