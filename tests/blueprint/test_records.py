@@ -118,3 +118,30 @@ def test_outputs_of_any_kind_pass() -> None:
 
     blueprint = inspect(Odd(), {"x": torch.randn(3, 4), "scale": 2.0, "unknown": torch.zeros(3)})
     assert [call.name for call in blueprint.calls] == ["layers.2", "layers.1", "layers.0"]
+
+
+class RowByRow(nn.Module):
+    """Python that loops over the rows of the batch: two micro-batch sizes have different ops, in the blocks and outside."""
+
+    def __init__(self, width: int, depth: int = 0) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 16), nn.Linear(16, width)
+        self.layers = nn.ModuleList(RowByRow(width) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = 2 * x
+        x = torch.stack([self.down(self.up(row).relu()) for row in y]) + x
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_ops_that_depend_on_the_batch_size_are_counted_in_proportion(depth: int) -> None:
+    blueprint = inspect(RowByRow(8, depth), torch.randn(4, 8))
+    assert len([note for note in blueprint.notes if "proportional" in note]) == (2 if depth else 1)
+    for unit, _ in blueprint.units():
+        assert [tensor.shape for tensor in unit.outputs] == [(Count(0, 1), Count(8))]
+        assert unit.forward_flops.at(6) == pytest.approx(6 * 2 * 2 * 8 * 16, rel=0.02)
+        assert unit.backward_flops.at(6) == pytest.approx(2 * unit.forward_flops.at(6), rel=0.3)
+    assert [boundary.flows[0].bytes for boundary in blueprint.boundaries] == [Count(0, 32)] * depth

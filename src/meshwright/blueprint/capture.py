@@ -17,26 +17,41 @@ from torch import nn
 from meshwright.blueprint import costs
 from meshwright.blueprint.record import Count, Op, ParameterRecord, Peak, Saved, TensorRecord, Unit
 from meshwright.blueprint.regions import Findings, find
-from meshwright.blueprint.tape import CostedOp, Tape, Value
-from meshwright.blueprint.walk import UnitTape, Walk
+from meshwright.blueprint.tape import CostedOp, Value
+from meshwright.blueprint.walk import Walk
 
 
 class Pair:
-    """Two tapes of the same stretch at two micro-batch sizes, and how to read an amount off both."""
+    """Two tapes of the same stretch at two micro-batch sizes, and how to read an amount off both.
 
-    def __init__(self, sizes: tuple[int, int], first: Tape, second: Tape) -> None:
-        self.sizes, self.first, self.second = sizes, first, second
+    Where their ops don't agree those of the second stand for both.
+    """
+
+    def __init__(self, walks: tuple[Walk, Walk], kind: int | None = None) -> None:
+        """Of a block kind, or of what lies outside the blocks."""
+        self.sizes = (walks[0].items, walks[1].items)
+        first, second = (walk.outside if kind is None else walk.kinds[kind].tape for walk in walks)
         self.agree = [op.func for op in first.ops] == [op.func for op in second.ops] and len(first.values) == len(second.values)
+        self.inputs, self.outputs = (
+            tuple(self._record(first.values[a], second.values[b]) for a, b in zip(*numbers, strict=False))
+            for numbers in ((first.inputs, second.inputs), (first.outputs, second.outputs))
+        )
+        self.walk = walks[0] if self.agree else walks[1]
+        self.first, self.second = first if self.agree else second, second
 
     def count(self, first: int, second: int) -> Count:
-        """The line through an amount read off both tapes."""
+        """The line through a size read off both tapes."""
         if first == second:
             return Count(first)
         return Count.through((self.sizes[0], first), (self.sizes[1], second))
 
+    def amount(self, first: int, second: int) -> Count:
+        """The line through FLOPs or bytes read off both tapes."""
+        return self.count(first, second) if self.agree else Count(0, second // self.sizes[1])
+
     def peak(self, ops: slice) -> Peak:
         """The most bytes alive over some of the ops."""
-        return Peak.over(map(self.count, self.first.levels[ops], self.second.levels[ops]))
+        return Peak.over(map(self.amount, self.first.levels[ops], self.second.levels[ops]))
 
     def ops(self) -> Iterable[tuple[CostedOp, CostedOp]]:
         """The ops of both tapes side by side."""
@@ -49,13 +64,18 @@ class Pair:
 
     def bytes(self, numbers: Iterable[int]) -> Count:
         """What some values hold together."""
-        return Count.total(self.tensor(number).bytes for number in numbers)
+        sizes = (tuple(_dense_bytes(tape.values[number]) for tape in (self.first, self.second)) for number in numbers)
+        return Count.total(self.amount(one, two) for one, two in sizes)
 
-    def tensor(self, number: int, name: str = "", recomputable: bool = False) -> TensorRecord:
+    def tensor(self, number: int, recomputable: bool = False) -> TensorRecord:
         """The record of a value as something that crosses a boundary."""
-        one, two = self.first.values[number], self.second.values[number]
+        record = self._record(self.first.values[number], self.second.values[number], recomputable)
+        return replace(record, bytes=self.bytes([number]))
+
+    def _record(self, one: Value, two: Value, recomputable: bool = False) -> TensorRecord:
+        shape = tuple(self.count(a, b) for a, b in zip(one.shape, two.shape, strict=True))
         size = self.count(_dense_bytes(one), _dense_bytes(two))
-        return TensorRecord(name, self.shape(number), dtype_name(one.dtype), size, one.needs_gradient, recomputable)
+        return TensorRecord("", shape, dtype_name(one.dtype), size, one.needs_gradient, recomputable)
 
 
 def _dense_bytes(value: Value) -> int:
@@ -88,80 +108,60 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def unit_of_kind(
     walks: tuple[Walk, Walk], kind: int, model: nn.Module, parameters: tuple[ParameterRecord, ...], sequence: int
-) -> Unit:
-    """The record of block kind number `kind`."""
-    first, second = walks[0].kinds[kind], walks[1].kinds[kind]
-    pair = Pair((walks[0].items, walks[1].items), first.tape, second.tape)
-    if not pair.agree:
-        pair = Pair(pair.sizes, _scaled(second, walks[0].items, walks[1].items), second.tape)
-    findings = find(first.tape.ops[: first.forward_ops], first.tape.values, first.outputs, sequence, size=pair.bytes)
-    return replace(
-        _unit(pair, first.forward_ops, findings, (first.inputs, first.outputs), set(first.outputs), parameters),
-        class_name=type(model.get_submodule(first.name)).__name__,
+) -> tuple[Unit, bool]:
+    """The record of block kind number `kind`, and whether its ops are the same at both micro-batch sizes."""
+    pair, name = Pair(walks, kind), walks[0].kinds[kind].name
+    n_forward = pair.first.forward_ops
+    unit = replace(
+        _unit(pair, model.get_submodule(name), parameters, sequence, set(pair.first.outputs)),
         instances=tuple(dict.fromkeys(call.name for call in walks[0].calls if call.kind == kind)),
-        forward_peak=pair.peak(slice(0, first.forward_ops)),
-        backward_peak=pair.peak(slice(first.forward_ops, None)),
+        forward_peak=pair.peak(slice(0, n_forward)),
+        backward_peak=pair.peak(slice(n_forward, None)),
     )
+    return unit, pair.agree
 
 
-def unit_of_rest(walks: tuple[Walk, Walk], model: nn.Module, parameters: tuple[ParameterRecord, ...], sequence: int) -> Unit:
-    """The record of what lies outside the blocks."""
-    one, two = walks
-    pair, n_forward, values = Pair((one.items, two.items), one.outside, two.outside), one.outside_forward_ops, one.outside.values
-    findings = find(one.outside.ops[:n_forward], values, one.output_numbers, sequence, open_ended=True, size=pair.bytes)
-    inputs = [n for n, value in enumerate(values) if value.role == "input" and value.producer == -1]
-    entering = {number for call in one.calls for number in call.inputs}
-    return replace(
-        _unit(pair, n_forward, findings, (inputs, one.output_numbers), entering, parameters), class_name=type(model).__name__
-    )
+def unit_of_rest(
+    walks: tuple[Walk, Walk], model: nn.Module, parameters: tuple[ParameterRecord, ...], sequence: int
+) -> tuple[Unit, bool]:
+    """The record of what lies outside the blocks, and whether its ops are the same at both micro-batch sizes."""
+    pair = Pair(walks)
+    entering = {number for call in pair.walk.calls for number in call.inputs}
+    return _unit(pair, model, parameters, sequence, entering, open_ended=True), pair.agree
 
 
 def _unit(
     pair: Pair,
-    n_forward: int,
-    findings: Findings,
-    crossing: tuple[list[int], list[int]],
-    leaving: set[int],
+    module: nn.Module,
     parameters: tuple[ParameterRecord, ...],
+    sequence: int,
+    leaving: set[int],
+    open_ended: bool = False,
 ) -> Unit:
-    """What both kinds of units have in common: `crossing` are inputs and outputs, `leaving` the values handed to other units."""
-    forward, backward = op_records(pair, n_forward, findings)
-    inputs, outputs = (tuple(pair.tensor(number) for number in numbers) for numbers in crossing)
+    """The record of a stretch; `leaving` are the values that it hands to other units."""
+    tape = pair.first
+    findings = find(tape.forward, tape.values, tape.outputs, sequence, open_ended, pair.bytes)
+    forward, backward = op_records(pair, findings)
     return Unit(
-        class_name="",
+        class_name=type(module).__name__,
         instances=(),
         parameters=parameters,
-        inputs=inputs,
-        outputs=outputs,
+        inputs=pair.inputs,
+        outputs=pair.outputs,
         forward=forward,
         backward=backward,
-        saved=saved_records(pair, n_forward, leaving, findings),
+        saved=saved_records(pair, leaving, findings),
         regions=tuple(findings.regions),
         experts=findings.experts,
         whole=tuple(findings.refusals.items()),
     )
 
 
-def _scaled(tape: UnitTape, first: int, second: int) -> Tape:
-    """A tape for `first` items made up from one for `second` by proportion, for ops that the two runs don't share."""
-    made = Tape()
-
-    def scale(amount: int) -> int:
-        return amount * first // second
-
-    made.ops = [
-        replace(op, flops=scale(op.flops), read_bytes=scale(op.read_bytes), written_bytes=scale(op.written_bytes))
-        for op in tape.tape.ops
-    ]
-    made.values, made.levels = tape.tape.values, [scale(level) for level in tape.tape.levels]
-    made.saved = {key: replace(saved, bytes=scale(saved.bytes)) for key, saved in tape.tape.saved.items()}
-    return made
-
-
-def op_records(pair: Pair, n_forward: int, findings: Findings) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+def op_records(pair: Pair, findings: Findings) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
     """Records of the forward's and the backward's ops; a backward op is matched to its forward op by its autograd node."""
     makers: dict[int, int] = {}
     records: list[Op] = []
+    n_forward = pair.first.forward_ops
     for place, (one, two) in enumerate(pair.ops()):
         is_forward = place < n_forward
         if is_forward:
@@ -177,9 +177,9 @@ def op_records(pair: Pair, n_forward: int, findings: Findings) -> tuple[tuple[Op
                 name=str(one.func),
                 kind=costs.kind_of(one.func),
                 module=one.module,
-                flops=pair.count(one.flops, two.flops),
-                read_bytes=pair.count(one.read_bytes, two.read_bytes),
-                written_bytes=pair.count(one.written_bytes, two.written_bytes),
+                flops=pair.amount(one.flops, two.flops),
+                read_bytes=pair.amount(one.read_bytes, two.read_bytes),
+                written_bytes=pair.amount(one.written_bytes, two.written_bytes),
                 matmul=matmul,
                 causal=one.causal,
                 inputs=one.inputs,
@@ -193,14 +193,14 @@ def op_records(pair: Pair, n_forward: int, findings: Findings) -> tuple[tuple[Op
     return tuple(records[:n_forward]), tuple(records[n_forward:])
 
 
-def saved_records(pair: Pair, n_forward: int, leaving: set[int], findings: Findings) -> tuple[Saved, ...]:
+def saved_records(pair: Pair, leaving: set[int], findings: Findings) -> tuple[Saved, ...]:
     """Records of the storages that autograd keeps; `leaving` are the values that the unit hands to others."""
     makers = {}
-    for place, op in reversed(list(enumerate(pair.first.ops[:n_forward]))):
+    for place, op in reversed(list(enumerate(pair.first.forward))):
         makers[op.node] = place
     given_out = {pair.first.values[number].storage for number in leaving}
     producers: dict[int, int] = {}
-    for place, op in enumerate(pair.first.ops[:n_forward]):
+    for place, op in enumerate(pair.first.forward):
         for number in op.outputs:
             producers.setdefault(pair.first.values[number].storage, place)
     records = []
@@ -211,7 +211,7 @@ def saved_records(pair: Pair, n_forward: int, leaving: set[int], findings: Findi
             role = "input"
         records.append(
             Saved(
-                bytes=pair.count(one.bytes, two.bytes),
+                bytes=(pair.count if role in ("parameter", "buffer") else pair.amount)(one.bytes, two.bytes),
                 role=role,
                 shape=pair.shape(one.value),
                 dtype=dtype_name(value.dtype),
@@ -238,7 +238,7 @@ def _saved_in(walk: Walk) -> int:
     crossing: dict[int, int] = {}  # storages that pass between blocks, by their whole size: a block may save a view of one
     for call in walk.calls:
         unit = walk.kinds[call.kind]
-        places = [*zip(unit.inputs, call.inputs, strict=False), *zip(unit.outputs, call.outputs, strict=False)]
+        places = [*zip(unit.tape.inputs, call.inputs, strict=False), *zip(unit.tape.outputs, call.outputs, strict=False)]
         outer = {unit.tape.values[inner].storage: outside.values[number] for inner, number in places}
         for key, saved in unit.tape.saved.items():
             if unit.tape.values[saved.value].role in ("parameter", "buffer"):

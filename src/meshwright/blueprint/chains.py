@@ -7,7 +7,7 @@ from names; a chain's name is only the parent that its modules share.
 from __future__ import annotations
 
 from meshwright.blueprint.capture import Pair
-from meshwright.blueprint.record import Boundary, Call, Chain
+from meshwright.blueprint.record import Boundary, Chain
 from meshwright.blueprint.walk import Walk
 
 
@@ -16,18 +16,17 @@ class Flow:
 
     def __init__(self, walk: Walk) -> None:
         self.walk, self.tape = walk, walk.outside
-        forward = self.tape.ops[: walk.outside_forward_ops]
-        self.producers: dict[int, int] = {n: place for place, op in enumerate(forward) for n in op.outputs}
+        self.producers: dict[int, int] = {n: place for place, op in enumerate(self.tape.forward) for n in op.outputs}
         self._sources: dict[int, frozenset[int]] = {}
         self._weighted: dict[int, bool] = {}
         self.last_read: dict[int, int] = {}  # value -> the cut behind which it is still read: i means by something after call i
-        for op in forward:
+        for op in self.tape.forward:
             for number in op.inputs:
                 self.last_read[number] = max(self.last_read.get(number, -1), op.position - 1)
         for place, call in enumerate(walk.calls):
             for number in call.inputs:
                 self.last_read[number] = max(self.last_read.get(number, -1), place - 1)
-        for number in walk.output_numbers:
+        for number in self.tape.outputs:
             self.last_read[number] = len(walk.calls) - 1
 
     def made_after(self, number: int) -> int:
@@ -63,11 +62,10 @@ class Flow:
 
 def boundaries(walks: tuple[Walk, Walk]) -> tuple[Boundary, ...]:
     """What is alive after each call of a block."""
-    walk = walks[0]
-    flow = Flow(walk)
-    pair = Pair((walks[0].items, walks[1].items), walks[0].outside, walks[1].outside)
+    pair = Pair(walks)
+    flow = Flow(pair.walk)
     found = []
-    for place in range(len(walk.calls)):
+    for place in range(len(pair.walk.calls)):
         flows, alive = [], []
         for number, last in flow.last_read.items():
             value = flow.tape.values[number]
@@ -91,11 +89,6 @@ def chains(walk: Walk) -> tuple[Chain, ...]:
             starts.append(place)
     stops = [*starts[1:], len(walk.calls)][: len(starts)]
     return tuple(Chain(_parent(walk, a, b), a, b) for a, b in zip(starts, stops, strict=True))
-
-
-def calls(walk: Walk) -> tuple[Call, ...]:
-    """The calls as records."""
-    return tuple(Call(call.name, call.kind) for call in walk.calls)
 
 
 def _parent(walk: Walk, start: int, stop: int) -> str:

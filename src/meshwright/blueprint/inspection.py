@@ -25,6 +25,8 @@ from meshwright.blueprint.trees import tensors_in
 from meshwright.blueprint.walk import Subject, Walk, Walker, stand_in_state
 from meshwright.errors import MeshwrightError, ModelError
 
+_PROPORTIONAL = "its ops depend on the batch size; amounts are taken as proportional to it"
+
 SIZES = (2, 3)
 """Micro-batch sizes of the two captures. Not 1: a dim of size one takes paths (broadcasts, free reshapes) that others
 don't.
@@ -158,26 +160,25 @@ def _assemble(
     notes: list[str] = []
     for number, tape in enumerate(walks[0].kinds):
         parameters = capture.parameter_records(module, f"{tape.name}.", (), dtype)
-        kinds.append(capture.unit_of_kind(walks, number, module, parameters, sequence))
-        if not capture.Pair(SIZES, tape.tape, walks[1].kinds[number].tape).agree:
-            notes.append(f"{tape.name}: its ops depend on the batch size; amounts are taken as proportional to it")
+        unit, agrees = capture.unit_of_kind(walks, number, module, parameters, sequence)
+        kinds.append(unit)
+        notes += [] if agrees else [f"{tape.name}: {_PROPORTIONAL}"]
     tapes = [walks[0].outside, *(tape.tape for tape in walks[0].kinds)]
     if any("rnn_layer" in op.func.name() for tape in tapes for op in tape.ops):
         notes.append("oneDNN's recurrent kernel keeps a workspace that only a run can size: saved bytes leave it out")
     skip = tuple(f"{block}." for block in dict.fromkeys(call.name for call in walks[0].calls))
     parameters = capture.parameter_records(module, "", skip, dtype)
-    rest = capture.unit_of_rest(walks, module, parameters, sequence)
-    batch = capture.Pair(SIZES, walks[0].outside, walks[1].outside)
-    declared = [n for n, value in enumerate(walks[0].outside.values) if value.role == "input" and value.producer == -1]
+    rest, agrees = capture.unit_of_rest(walks, module, parameters, sequence)
+    notes += [] if agrees else [f"outside the blocks: {_PROPORTIONAL}"]
     called = {call.name for call in walks[0].calls}
     return Blueprint(
         model=name,
         class_name=type(module).__name__,
         dtype=_captured_dtype(module, dtype),
-        batch=tuple(batch.tensor(number) for number in declared[: len(tensors_in(walks[0].batch))]),
+        batch=rest.inputs,
         sequence=sequence,
         kinds=tuple(kinds),
-        calls=chains.calls(walks[0]),
+        calls=tuple(Call(call.name, call.kind) for call in walks[0].calls),
         boundaries=chains.boundaries(walks),
         chains=chains.chains(walks[0]),
         rest=rest,

@@ -84,14 +84,18 @@ class RawSaved:
 
 
 class Tape:
-    """Ops and values of one stretch; `live_bytes` follows the storages made here, `levels` is the most alive at each
-    op.
+    """Ops and values of one stretch, of the ops the first `forward_ops` those of its forward, from `inputs` to `outputs`.
+
+    `live_bytes` follows the storages made here, `levels` is the most alive at each op.
     """
 
     def __init__(self) -> None:
         self.ops: list[CostedOp] = []
         self.values: list[Value] = []
         self.saved: dict[int, RawSaved] = {}
+        self.inputs: list[int] = []
+        self.outputs: list[int] = []
+        self.forward_ops = 0
         self.position = 0
         self.sealed = False
         self.live_bytes = 0
@@ -106,6 +110,8 @@ class Tape:
         storage = self._storage(tensor, role, name, counted=False)
         number = self._add(tensor, storage, storage.role, name, -1)
         self.values[number].declared = True
+        if role == "input":
+            self.inputs.append(number)
         return number
 
     def same(self, tensor: torch.Tensor, source: torch.Tensor) -> None:
@@ -132,9 +138,14 @@ class Tape:
         entry = self.saved.setdefault(self.values[number].storage, RawSaved(number, [], size))
         entry.nodes.append(node)
 
-    def seal(self) -> None:
+    @property
+    def forward(self) -> list[CostedOp]:
+        """The ops of the forward."""
+        return self.ops[: self.forward_ops]
+
+    def seal(self, outputs: list[torch.Tensor]) -> None:
         """The forward is over: what is saved now stays listed, though the backward lets go of it."""
-        self.sealed = True
+        self.outputs, self.forward_ops, self.sealed = [self.number(tensor) for tensor in outputs], len(self.ops), True
         self._high = self.live_bytes
 
     def level(self) -> None:

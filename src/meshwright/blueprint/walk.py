@@ -27,13 +27,10 @@ from meshwright.blueprint.trees import map_tensors, signature, tensors_in
 
 @dataclass
 class UnitTape:
-    """Forward and backward of one block kind: `forward_ops` of the tape's ops are the forward's."""
+    """Forward and backward of one block kind, and what it returned."""
 
     name: str
     tape: Tape
-    forward_ops: int
-    inputs: list[int]
-    outputs: list[int]
     output: Any
 
 
@@ -56,8 +53,6 @@ class Walk:
     kinds: list[UnitTape] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     outside: Tape = field(default_factory=Tape)
-    outside_forward_ops: int = 0
-    output_numbers: list[int] = field(default_factory=list)
     module_calls: dict[str, int] = field(default_factory=dict)
 
 
@@ -115,9 +110,7 @@ class Walker:
             for module, name in {subject.model.get_submodule(name): name for name in self.blocks}.items():
                 module.__dict__["forward"] = self._stand_in(module, name)
             output, _ = run_with(subject.model, subject.state, subject.function, walk.batch)
-            walk.output_numbers = [walk.outside.number(tensor) for tensor in tensors_in(output)]
-            walk.outside_forward_ops = len(walk.outside.ops)
-            walk.outside.seal()
+            walk.outside.seal(tensors_in(output))
             self._outside_backward(output)
         return walk
 
@@ -220,17 +213,17 @@ class Walker:
                 role = "parameter" if full in self.parameters else "buffer"
                 tape.declare(tensor, role, full.removeprefix(prefix))
         inputs = tensors_in(args, kwargs)
-        numbers = [tape.declare(tensor, "input", "") for tensor in inputs]
+        for tensor in inputs:
+            tape.declare(tensor, "input", "")
         with recorder.onto(tape):
             output = forward(*args, **kwargs)
-        outputs = [tape.number(tensor) for tensor in tensors_in(output)]
-        tape.seal()
+        tape.seal(tensors_in(output))
 
         def backward(module: nn.Module) -> None:
             ends = leaves + [parameter for parameter in module.parameters() if parameter.requires_grad]
             self._differentiate([tensor for tensor in tensors_in(output) if tensor.requires_grad], ends, tape)
 
-        return UnitTape(name, tape, len(tape.ops), numbers, outputs, _mark_inputs(output, inputs)), backward
+        return UnitTape(name, tape, _mark_inputs(output, inputs)), backward
 
     def _differentiate(self, roots: list[torch.Tensor], ends: list[torch.Tensor], tape: Tape) -> None:
         """Write the backward from `roots` to `ends` to the tape."""
