@@ -1,10 +1,13 @@
 """Blocks are found from structure alone: never from names, for any kind of model, on meta, in milliseconds."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from meshwright.blueprint.blocks import block_names
+from meshwright.blueprint.blocks import block_names, structures
 from meshwright.models import decoder
 
 
@@ -115,3 +118,20 @@ def test_blocks_do_not_depend_on_attribute_names(case: str) -> None:
 def test_no_block_lies_inside_another(case: str) -> None:
     found = block_names(CASES[case][0]())
     assert not any(a != b and a.startswith(b + ".") for a in found for b in found)
+
+
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
+def test_layers_with_a_parametrization_count_as_the_layers_they_were(norm: Callable[[nn.Module], nn.Module]) -> None:
+    """torch gives each of them a class of its own, and keeps what the weight is made from in a child module."""
+
+    def build(wrap: Callable[[nn.Module], nn.Module]) -> list[nn.Module]:
+        blocks = [nn.Sequential(wrap(nn.Linear(8, 16)), nn.GELU(), wrap(nn.Linear(16, 8))) for _ in range(3)]
+        layers = [layer for _ in range(3) for layer in (wrap(nn.Linear(8, 8)), nn.ReLU())]
+        normed = [nn.Sequential(wrap(nn.Conv1d(8, 8, 1)), nn.BatchNorm1d(8)) for _ in range(3)]
+        return [nn.Sequential(*blocks), nn.Sequential(*layers), nn.Sequential(*normed)]
+
+    for plain, wrapped in zip(build(lambda layer: layer), build(norm), strict=True):
+        assert block_names(wrapped) == block_names(plain) != []
+        kinds = structures(wrapped)
+        blocks = [wrapped.get_submodule(name) for name in block_names(wrapped)]
+        assert len({kinds[id(block)] for block in blocks}) == 1

@@ -12,8 +12,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Leaves of torch.nn that are as large as a layer; other torch.nn leaves (Linear, LayerNorm, ...) are parts of one.
@@ -41,7 +43,7 @@ def structures(module: nn.Module) -> dict[int, int]:
     shapes).
     """
     tree = _Tree(module)
-    return {id(child): tree.shape(child).exact for child in module.modules()}
+    return {number: shape.exact for number, shape in tree.shapes.items()}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class _Tree:
 
     def __init__(self, root: nn.Module) -> None:
         self._numbers: dict[Hashable, int] = {}
-        self._shapes: dict[int, _Shape] = {}
+        self.shapes: dict[int, _Shape] = {}
         self._holding: dict[int, bool] = {}
         self._measure(root)
 
@@ -68,40 +70,49 @@ class _Tree:
         return self._numbers.setdefault(key, len(self._numbers))
 
     def shape(self, module: nn.Module) -> _Shape:
-        return self._shapes[id(module)]
+        return self.shapes[id(module)]
 
     def _measure(self, module: nn.Module) -> _Shape:
-        known = self._shapes.get(id(module))
+        known = self.shapes.get(id(module))
         if known is not None:
             return known
-        children = [(name, self._measure(child)) for name, child in module.named_children()]
-        own = tuple((name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False))
+        children = [(name, self._measure(child)) for name, child in _children(module)]
+        own: tuple[tuple[Any, ...], ...] = tuple((n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False))
+        if is_parametrized(module):  # a weight and what it is made from count as one
+            made = module.parametrizations.items()  # type: ignore[union-attr, operator]
+            own += tuple((name, *(tuple(p.shape) for p in parts.parameters())) for name, parts in made)
         buffers = tuple((name, tuple(b.shape)) for name, b in module.named_buffers(recurse=False))
         is_container = isinstance(module, _CONTAINERS)
         # A container says nothing by its class: what it holds tells one Sequential from another.
-        kind = self._number((type(module), tuple(shape.kind for _, shape in children) if is_container else ()))
-        exact = self._number((type(module), own, buffers, tuple((name, shape.exact) for name, shape in children)))
+        kind = self._number(
+            (type_before_parametrizations(module), tuple(shape.kind for _, shape in children) if is_container else ())
+        )
+        exact = self._number(
+            (type_before_parametrizations(module), own, buffers, tuple((name, shape.exact) for name, shape in children))
+        )
         owns = bool(own) or any(shape.owns for _, shape in children)
-        own_matrices = sum(len(size) >= 2 for _, size in own)
-        is_torch_leaf = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, _LARGE_LEAVES)
+        own_matrices = sum(any(len(size) >= 2 for size in sizes) for _, *sizes in own)
+        is_torch_leaf = type_before_parametrizations(module).__module__.startswith("torch.nn.modules") and not isinstance(
+            module, _LARGE_LEAVES
+        )
         unit = any(shape.owns for _, shape in children) or (own_matrices > 0 and not is_torch_leaf)
         matrices = own_matrices + sum(shape.matrices for _, shape in children)
         shape = _Shape(kind, exact, owns, matrices, unit and owns)
-        self._shapes[id(module)] = shape
+        self.shapes[id(module)] = shape
         return shape
 
     def _is_stage_list(self, module: nn.Module) -> bool:
         """A container that only strings units together, as opposed to a Sequential of single layers that is a unit
         itself.
         """
-        owning = [child for child in module.children() if self.shape(child).owns]
+        owning = [child for _, child in _children(module) if self.shape(child).owns]
         strings_units = bool(owning) and all(self.shape(child).unit for child in owning)
         # Of single layers with their norms (one matrix each) a unit is made, not a stage.
         return isinstance(module, _CONTAINERS) and strings_units and any(self.shape(c).matrices > 1 for c in owning)
 
     def blocks(self, module: nn.Module, prefix: str, repeated: bool) -> list[str]:
         """Blocks under `module`; `repeated` says that its siblings repeat it, so that a list of one is a chain as well."""
-        children = [(name, child) for name, child in module.named_children() if self.shape(child).owns]
+        children = [(name, child) for name, child in _children(module) if self.shape(child).owns]
         if isinstance(module, _CONTAINERS):
             members = self._list_members(module, children, repeated)
         else:
@@ -154,7 +165,7 @@ class _Tree:
         equal: dict[Hashable, list[str]] = defaultdict(list)
         for name, child in children:
             shape = self.shape(child)
-            if not any(self.shape(grandchild).owns for grandchild in child.children()):
+            if not any(self.shape(grandchild).owns for _, grandchild in _children(child)):
                 continue  # a leaf is a part of something, unless a list says otherwise
             stem = re.sub(r"\d+", "#", name)
             if stem != name:
@@ -187,13 +198,19 @@ class _Tree:
             if not all(isinstance(place, _CONTAINERS) for place in (parent, *above)):
                 continue
             layers = [(key, child) for key, child in parent.named_children() if self._is_weight_layer(child)]
-            counts = Counter(type(child) for _, child in layers)
-            found += [f"{name}.{key}".lstrip(".") for key, child in layers if counts[type(child)] >= 2]
+            counts = Counter(type_before_parametrizations(child) for _, child in layers)
+            found += [f"{name}.{key}".lstrip(".") for key, child in layers if counts[type_before_parametrizations(child)] >= 2]
         return found
 
     def _is_weight_layer(self, module: nn.Module) -> bool:
-        has_matrix = any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
-        return has_matrix and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        inside = sum(self.shape(child).matrices for _, child in _children(module))
+        return self.shape(module).matrices > inside and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """A module's children, but for the one in which torch keeps what its weights are made from (a weight norm): that is its own."""
+    kept = module.parametrizations if is_parametrized(module) else None
+    return [(name, child) for name, child in module.named_children() if child is not kept]
 
 
 def _ancestors(name: str) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from meshwright._torch import FakeTensor
 from meshwright.blueprint.blocks import structures
@@ -264,7 +265,7 @@ def module_settings(module: nn.Module, without: frozenset[Place]) -> Any:
     rows = []
     for path, inner in module.named_modules():
         own = {k: v for k, v in vars(inner).items() if k not in _MACHINERY and (path, k) not in without}
-        rows.append((type(inner), tuple((key, _setting(value)) for key, value in own.items())))
+        rows.append((type_before_parametrizations(inner), tuple((key, _setting(value)) for key, value in own.items())))
     return tuple(rows)
 
 
