@@ -48,11 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.model and not arguments.load:
         if not arguments.plan:
             raise ConfigError("one of the arguments --model, --load, --plan is required")
-        return show_schedule(arguments.plan, getattr(arguments, "json", False), arguments.svg)
+        return show_schedule(arguments.plan, arguments.json, arguments.svg)
     if arguments.items < 1:
         raise ConfigError(f"--items {arguments.items} must be at least 1")
     if arguments.plan and arguments.model:
-        return show_layout(arguments.model, arguments.plan, arguments.seq, arguments.items, getattr(arguments, "json", False))
+        return show_layout(arguments.model, arguments.plan, arguments.seq, arguments.items, arguments.json)
     import torch
 
     from meshwright.blueprint.compare import differences
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.save:
         blueprint.save(arguments.save)
     changed = differences(Blueprint.load(arguments.compare), blueprint, arguments.items) if arguments.compare else None
-    if getattr(arguments, "json", False):
+    if arguments.json:
         print(json.dumps(summary(blueprint, arguments.items, arguments.ops) | ({} if changed is None else {"changes": changed})))
     elif changed is None:
         print(show(blueprint, arguments.items))
