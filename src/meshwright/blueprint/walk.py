@@ -208,7 +208,7 @@ class Walker:
             return number
         shapes = signature((args, kwargs))
         indices = self._indices.get(name, frozenset())
-        structure = (self.shapes[id(module)], shapes)
+        structure = (self.shapes[id(module)], shapes, tuple(p.requires_grad for p in module.parameters()))
         with_index = (structure, module_settings(module, frozenset()))
         without = (structure, module_settings(module, indices)) if indices else with_index
         for settings in (without, with_index):
