@@ -1,6 +1,6 @@
 """The planner against published runs, formulas and the clock.
 
-Usage: planner.py [--quick] [--cross-validate] [--speed] [--json FILE]
+Usage: planner.py [--quick] [--cross-validate [SOURCE ...]] [--speed] [--json FILE]
 
 Prints, per published source: the median absolute error of tokens/s, the rank correlation, the error of memory, which runs fit; the
 error with constants fitted on all other sources; formulas from captured graphs; seconds of searches and predictions.
@@ -166,7 +166,7 @@ def formulas() -> list[dict[str, Any]]:
     return [{"source": source, "worst": error, "values": counted[source]} for source, error in worst.items()]
 
 
-def cross_validate(most: int) -> list[dict[str, Any]]:
+def cross_validate(most: int, left_out: list[str]) -> list[dict[str, Any]]:
     print(f"\nleave one source out: constants fitted on the others ({most} rows of each), error on the one left out")
     rows = {name: each for name, each in by_source(published.rows("step_time.csv"), most).items() if name not in ORIENTATION}
 
@@ -184,7 +184,7 @@ def cross_validate(most: int) -> list[dict[str, Any]]:
         return found
 
     lines = []
-    for left in rows:
+    for left in left_out or rows:
         others = [name for name in rows if name != left]
         changes: dict[str, float] = {}
         best = statistics.mean(medians(changes, others))
@@ -237,7 +237,7 @@ def clock() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="at most 60 rows of each source")
-    parser.add_argument("--cross-validate", action="store_true")
+    parser.add_argument("--cross-validate", nargs="*", metavar="SOURCE", help="leave these out one by one (default: each)")
     parser.add_argument("--speed", action="store_true", help="only the clock")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -246,8 +246,8 @@ def main() -> None:
     if not arguments.speed:
         found |= {"speed": speeds(most), "memory": memory(most), "formulas": formulas()}
     found["clock"] = clock()
-    if arguments.cross_validate:
-        found["cross_validation"] = cross_validate(40)
+    if arguments.cross_validate is not None:
+        found["cross_validation"] = cross_validate(40, arguments.cross_validate)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1, default=float) + "\n")
 

@@ -10,7 +10,8 @@ from torch import nn
 
 import meshwright as mw
 from meshwright.blueprint.record import Blueprint
-from meshwright.plan.footprint import unit_bytes
+from meshwright.plan.footprint import Elements, states, unit_bytes
+from meshwright.plan.memory import state_bytes
 from meshwright.plan.prediction import MEMORY, TIME, Prediction
 from meshwright.plan.profile import UnitProfile, profile
 from meshwright.plan.time import Split
@@ -195,3 +196,60 @@ def test_what_the_host_cannot_hold_stays_on_the_device() -> None:
         for each, text in ((cluster, plan), (cluster, away), (small, away))
     ]
     assert held[1] < held[2] == pytest.approx(held[0] - 1e9)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "",
+        "optimizer_state=int8",
+        "optimizer_state=bf16 master=kahan",
+        "master=stochastic",
+        "update=backward",
+        "offload=optimizer:cpu@0.25",
+        "offload=optimizer:nvme=/scratch@0.5,optimizer:cpu@0.25",
+    ],
+)
+def test_the_planner_counts_the_states_that_a_run_is_held_to(zero: int, fields: str) -> None:
+    plan = mw.Plan.parse(f"dp_shard=4 zero={zero} precision=bf16 {fields}")
+    formula = state_bytes(plan, 10**6)
+    found = states(plan, Elements(1e6, 0, 0, 0), 4)
+    assert found.parameters == formula.parameters
+    assert found.gradients == formula.gradients
+    assert found.optimizer == pytest.approx(formula.optimizer)
+    assert found.host == pytest.approx(formula.host)
+
+
+def test_the_host_holds_what_it_can() -> None:
+    """405B parameters' states are 12 bytes each, 608 GB for each of 8 devices; their host has 128 GB for each."""
+    model = mw.inspect("llama3-405b", seq=128, dtype=torch.bfloat16, device="cuda")
+    roomy = "8xH100-80GB,memory=2000"
+    assert not mw.predict(model, mw.Cluster.parse(roomy), "fsdp precision=bf16 offload=optimizer:cpu", 8).fits
+    assert mw.predict(model, mw.Cluster.parse(roomy), "fsdp precision=bf16 offload=optimizer:cpu@0.2", 8).fits
+
+
+def test_loss_chunks_and_a_second_pass_cost_what_they_do() -> None:
+    """A part of the logits at a time, made twice; a pass for the norm is as long as the first."""
+    whole, parts = priced("ddp precision=bf16"), priced("ddp precision=bf16 loss_chunks=8")
+    logits = 8 * 512 * 4096 * 4
+    assert whole.memory_bytes["peak"] - parts.memory_bytes["peak"] > logits
+    assert whole.step_seconds < parts.step_seconds < 1.2 * whole.step_seconds
+    once, twice = (priced(f"fsdp precision=bf16 update=backward clip={clip}") for clip in ("delayed", "two_pass"))
+    assert twice.time_seconds["compute"] == pytest.approx(2 * once.time_seconds["compute"])
+    assert twice.time_seconds["optimizer"] == once.time_seconds["optimizer"]
+
+
+def test_frozen_parameters_have_no_states() -> None:
+    def build(frozen: int) -> nn.Module:
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.ReLU()) for _ in range(8)))
+        for block in model[:frozen]:
+            block.requires_grad_(False)
+        return model
+
+    few, all_ = (
+        mw.predict(mw.inspect(build(n), torch.zeros(4, 256)), mw.Cluster.parse("1xA100-40GB"), "single", 4).memory_bytes
+        for n in (6, 0)
+    )
+    assert few["optimizer"] == pytest.approx(all_["optimizer"] / 4)
+    assert few["parameters"] == all_["parameters"]

@@ -1,5 +1,6 @@
 """A search returns what brute force returns, keeps the reason of every rejection, and says what would do where nothing fits."""
 
+import dataclasses
 import itertools
 from functools import cache
 
@@ -12,6 +13,7 @@ import meshwright as mw
 from meshwright.blueprint.record import Blueprint
 from meshwright.plan import pipeline
 from meshwright.plan.predict import Pricer
+from meshwright.plan.recompute import budget_bytes
 from meshwright.plan.space import Space
 
 SPECS = {
@@ -83,6 +85,23 @@ def test_fixed_fields_and_an_executor_narrow_the_space() -> None:
     assert all("tp=4" in c.plan for c in held.candidates)
     data_only = mw.search(blueprint("dense"), where, 32, accepts=lambda p: p.tp == p.pp == p.cp == 1 and p.offload == "none")
     assert all(not {"tp", "pp", "cp", "offload"} & {i.split("=")[0] for i in c.plan.split()} for c in data_only.candidates)
+
+
+def test_a_budget_is_the_largest_that_fits() -> None:
+    """Where nothing recomputed does not fit, the search recomputes as little as it must: less than in whole settings."""
+    where = mw.Cluster.parse("1xA100-40GB,memory=10")
+    held = {"offload": "none", "microbatches": 1}
+    best = mw.search(blueprint("wide"), where, 64, top=1, fixed=held).candidates[0]
+    plan = mw.Plan.parse(best.plan)
+    budget = budget_bytes(plan.recompute)
+    assert budget is not None
+    block = best.memory_bytes["activations"] / 8
+    more = mw.predict(blueprint("wide"), where, dataclasses.replace(plan, recompute=f"budget={int(budget + block)}"), 64)
+    assert best.fits
+    assert not more.fits
+    for setting in ("none", "selective", "full"):
+        whole = mw.predict(blueprint("wide"), where, dataclasses.replace(plan, recompute=setting), 64)
+        assert not whole.fits or whole.step_seconds > best.step_seconds
 
 
 def test_objectives() -> None:

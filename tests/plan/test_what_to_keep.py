@@ -19,7 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import meshwright as mw
 from meshwright.errors import PlanError
 from meshwright.models.decoder import Decoder, gpt, llama
-from meshwright.plan.recompute import BlockCosts, Item, budget_bytes, fit, front, saved_bytes, selective, unit_costs
+from meshwright.plan.recompute import (
+    BlockCosts,
+    Item,
+    budget_bytes,
+    fit,
+    front,
+    hull,
+    saved_bytes,
+    selective,
+    shared_out,
+    steps,
+    unit_costs,
+)
 from meshwright.plan.stages import CPU
 
 items = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), max_size=6)
@@ -74,6 +86,19 @@ def test_a_budget_takes_the_least_time_that_fits(found: Any, flying: int, budget
     chosen = fit(blocks, 10, budget)
     assert 10 + flying * sum(choice.bytes for choice in chosen) <= budget
     assert flying * sum(choice.seconds for choice in chosen) == pytest.approx(min(s for b, s in sums if b <= budget))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 30), items, st.integers(1, 6), st.integers(0, 2000))
+def test_the_planner_comes_within_one_block_of_the_best(entry: int, found: list[tuple[int, int]], count: int, room: int) -> None:
+    block = block_of(entry, found)
+    points = front(block)
+    more, longest = points[-1].bytes - points[0].bytes, points[0].seconds
+    spent, spared = shared_out(steps([(count, more, longest, hull(block))]), [count], room)
+    assert spent <= room
+    best = sum(choice.seconds for choice in fit([(block, 1)] * count, 0, count * points[0].bytes + room))
+    took = count * longest - spared
+    assert best - 1e-9 <= took <= best + longest + 1e-9
 
 
 def test_bytes_are_read_as_they_are_written() -> None:

@@ -151,7 +151,7 @@ class Walker:
         if self.known is not None:
             number = self.known.calls[place].kind
             return number if number < len(self.walk.kinds) else self._captured(module, name, forward, args, kwargs)
-        structure = (self.shapes[id(module)], signature((args, kwargs)))
+        structure = (self.shapes[id(module)], signature((args, kwargs)), tuple(p.requires_grad for p in module.parameters()))
         for hiding in dict.fromkeys((self._indices.get(name, frozenset()), frozenset())):
             settings = (structure, module_settings(module, hiding))
             if settings not in self._by_settings:

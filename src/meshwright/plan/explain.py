@@ -67,10 +67,10 @@ def itemised(prediction: Prediction) -> str:
 
 
 def alternatives(blueprint: Blueprint, found: Search, precision: str) -> list[str]:
-    """Why named plans lose against the best, a sentence each."""
+    """Why named plans lose against the best, each with the recompute that lets it fit: a sentence for those alike."""
     best, cluster = found.candidates[0], found.cluster
     winner = Plan.parse(best.plan)
-    lines = []
+    reasons: dict[str, list[str]] = {}
     for name in ALTERNATIVES:
         try:
             plan = dataclasses.replace(Plan.parse(name, cluster.devices), precision=precision)
@@ -78,11 +78,10 @@ def alternatives(blueprint: Blueprint, found: Search, precision: str) -> list[st
             tried = [dataclasses.replace(plan, recompute=r) for r in ("none", "selective", "full")]
             priced = [predict(blueprint, cluster, each, found.global_batch) for each in tried]
             nearest = next((each for each in priced if each.fits), min(priced, key=lambda each: each.device_bytes))
-            lines.append(f"{name}: {_against(nearest, best)}")
+            reasons.setdefault(_against(nearest, best), []).append(name)
         except MeshwrightError as error:
-            lines.append(f"{name}: {error}")
-    lines += _wider(blueprint, found, winner)
-    return lines
+            reasons.setdefault(str(error), []).append(name)
+    return [f"{', '.join(names)}: {why}" for why, names in reasons.items()] + _wider(blueprint, found, winner)
 
 
 def _micro(plan: Plan, winner: Plan, best: Prediction, batch: int) -> int:

@@ -162,7 +162,8 @@ class Pricer:
 
     def units(self, split: Split) -> Units:
         """Time and bytes of every block kind, then of what runs before and after, for one split of the work."""
-        if split not in self._units:
+        found = self._units.get(split)
+        if found is None:
             tp = self.group(split.tp, 1)
             cp = self.group(split.cp, split.tp)
             ep = self.group(split.ep, split.tp * split.cp)
@@ -171,8 +172,8 @@ class Pricer:
             times = [unit_time(unit, each, self.rate, tp, cp, ep) for unit, each in all_units]
             sizes = [unit_bytes(unit, each, self.rate.element) for unit, each in all_units]
             last = in_chunks(after, plain, self.rate, tp, cp, ep), chunk_bytes(after, plain, self.rate.element)
-            self._units[split] = Units([*times, last[0]], [*sizes, last[1]])
-        return self._units[split]
+            found = self._units[split] = Units([*times, last[0]], [*sizes, last[1]])
+        return found
 
     def stages(self, plan: Plan) -> list[Stage]:
         """What each rank of the pipeline holds: blocks cut as the executor cuts them, or as `split=` says."""
@@ -304,15 +305,14 @@ class Pricer:
             flight = pipeline.in_flight(plan.schedule, plan.virtual, plan.pp, plan.microbatches, rank)
             saved, ends, working = units.keep(stage)
             if budget is not None:
-                saved += self._spared(budget, stage, split, flight)[0]
+                saved += self._spared(budget, stage, units, split, flight)[0]
             kept = flight * saved + ends
             least = min(kept, 2 * saved / max(1, sum(stage.kinds)) + ends)
             found.append((kept, working, away * (kept - least)))
         return found
 
-    def _spared(self, budget: int, stage: Stage, split: Split, flight: float) -> tuple[float, float]:
+    def _spared(self, budget: int, stage: Stage, full: Units, split: Split, flight: float) -> tuple[float, float]:
         """Bytes that a stage keeps of each micro-batch beyond full recompute within a budget, and seconds of backward spared."""
-        full = self.units(split)
         saved, ends, _ = full.keep(stage)
         if id(stage) not in full.steps:
             free, blocks = self.units(replace(split, recompute="none")), []
@@ -399,7 +399,7 @@ class Pricer:
             flight = pipeline.in_flight(plan.schedule, plan.virtual, plan.pp, plan.microbatches, rank)
             if (id(stage), flight) not in seen:
                 forward, backward, weight = units.time(stage)
-                seen[id(stage), flight] = forward, backward - self._spared(budget, stage, split, flight)[1], weight
+                seen[id(stage), flight] = forward, backward - self._spared(budget, stage, units, split, flight)[1], weight
             found.append(seen[id(stage), flight])
         return found
 
@@ -421,7 +421,7 @@ class Pricer:
         cost["pp_comm"] = micro * 2 * sent
         cost["compute"] = micro * (whole[busiest] - 2 * sent - sum(parts.values()))
         cost["bubble"] = span - micro * whole[busiest]
-        most = max((self.elements(plan, stage) for stage in dict.fromkeys(stages)), key=lambda e: e.total)
+        most = max((self.elements(plan, stages[rank]) for rank in self.heads(plan)), key=lambda e: e.total)
         return Base(span, cost, most, stages[busiest], split, backward[busiest] + weight[busiest], whole[busiest])
 
     def cost(self, plan: Plan, base: Base) -> dict[str, float]:

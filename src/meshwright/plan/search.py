@@ -18,11 +18,12 @@ from typing import Any
 from meshwright.blueprint.record import Blueprint
 from meshwright.cluster import Cluster
 from meshwright.errors import ConfigError, PlanError
+from meshwright.plan import pipeline
 from meshwright.plan.footprint import Elements
 from meshwright.plan.plan import Plan, moved
 from meshwright.plan.predict import Base, Moment, Need, Pricer
 from meshwright.plan.prediction import Prediction
-from meshwright.plan.space import Family, Space, divisors
+from meshwright.plan.space import LARGEST_MICRO_BATCH, Family, Space, divisors
 from meshwright.plan.time import Split
 
 OBJECTIVES = ("fastest", "cheapest", "smallest", "longest")
@@ -197,6 +198,7 @@ class _Best:
         self._known_tails: dict[int, list[list[Tail]]] = {}
         self._totals: dict[tuple[int, int], float] = {}
         self._known_held: dict[Any, _Held] = {}
+        self._known_needs: dict[Any, Need] = {}
 
     def run(self) -> None:
         """Visit every family, the most promising first; its bound is sharpened when it first comes up."""
@@ -242,6 +244,13 @@ class _Best:
             self._known_schedules[key] = self.space.schedules(*key)
         return self._known_schedules[key]
 
+    def need(self, plan: Plan, key: tuple[Any, ...], elements: Elements) -> Need:
+        """`Pricer.needs` of a rank; `key` is what it depends on besides its elements, which live as long as the pricer."""
+        found = self._known_needs.get((id(elements), key))
+        if found is None:
+            found = self._known_needs[id(elements), key] = self.pricer.needs(plan, self.pricer.states(plan, elements))
+        return found
+
     def _tails(self, family: Family) -> list[list[Tail]]:
         """The tails of a family, those alike but for the number of shards together, the most shards first.
 
@@ -268,10 +277,10 @@ class _Best:
 
         Seconds per item fall as micro-batches grow, but for the power limit on large products: `sustained` gives that back.
         """
-        key = (family.tp, family.sp, family.cp, family.ep, family.recompute, family.data)
+        largest = min(self.space.global_batch // family.data, LARGEST_MICRO_BATCH)
+        key = (family.tp, family.sp, family.cp, family.ep, family.recompute, largest)
         if key not in floors:
-            largest = self.space.global_batch // family.data
-            floors[key] = self._blocks(family, min(largest, 256)) / min(largest, 256) * float(self.pricer.rate.table["sustained"])
+            floors[key] = self._blocks(family, largest) / largest * float(self.pricer.rate.table["sustained"])
         return floors[key] * family.items * family.micro / family.pp
 
     def _blocks(self, family: Family, items: int) -> float:
@@ -294,6 +303,7 @@ class _Best:
     def _visit(self, family: Family, order: int) -> None:
         """Price the members of a family, a schedule at a time: by the time of the busiest rank, by memory, then one by one."""
         split = self._split(family, family.items)
+        splits = split, replace(split, recompute="full")
         tails = self._tails(family)
         count = sum(map(len, tails))
         for place, schedule in enumerate(self._schedules(family)):
@@ -301,7 +311,7 @@ class _Best:
             if self.pricer.least(some, split) >= self.worst:
                 self.reject(SLOWER, count)
                 continue
-            member = _Member(self, family, schedule, some, split, order * 1000000 + place * count)
+            member = _Member(self, family, schedule, some, splits, order * 1000000 + place * count)
             if not member.may_fit(tails):
                 self.reject(MEMORY, count)
                 continue
@@ -326,35 +336,44 @@ class _Best:
 class _Member:
     """A family under one schedule: what all its ways to use the data axes and to offload have in common is computed once."""
 
-    def __init__(self, best: _Best, family: Family, schedule: dict[str, Any], some: Plan, split: Split, order: int) -> None:
+    def __init__(
+        self, best: _Best, family: Family, schedule: dict[str, Any], some: Plan, splits: tuple[Split, Split], order: int
+    ) -> None:
         self.best, self.pricer, self.family, self.schedule = best, best.pricer, family, schedule
-        self.some, self.split, self.order = some, split, order
+        self.some, self.order = some, order
+        self.split, self.full = splits  # as the family recomputes, and everything
         self.heads = self.pricer.heads(some)
         self.held = best.held(family, some)
         self.budgets = best.space.budgets(family)
-        self.full = replace(split, recompute="full")
         self._bases: dict[str, Base] = {}
         self._moments: dict[Any, list[Moment]] = {}
 
     def may_fit(self, tails: Sequence[Sequence[Tail]]) -> bool:
         """Whether the least of each kind of bytes that any tail holds would fit together."""
         if not self.held.least:
-            widest = [(place, self.best.space.plan(self.family, self.schedule | tail)) for (place, tail), *_ in tails]
-            needs = [self._needs(place, plan) for place, plan in widest]
+            best = max((tail["offload"] for (_, tail), *_ in tails), key=lambda o: moved(o, "optimizer") + moved(o, "params"))
+            lean = [tail for alike in tails for tail in alike[:1] if tail[1]["offload"] == best]  # moving away never adds
+            needs = [self._needs(place, self.best.space.plan(self.family, self.schedule | tail)) for place, tail in lean]
             for each in zip(*needs, strict=True):
-                first, after, room = zip(*each, strict=True)
-                self.held.least.append((min(first), min(after), max(room)))
+                first, after, _ = zip(*each, strict=True)
+                self.held.least.append((min(first), min(after), self.pricer.cluster.device.host_memory_bytes))
         if self.budgets:
             loosest = self.pricer.budget(self.held.least, self._kept("none", self.full), self._kept("none", self.split))
-            self.budgets = loosest is not None and self._least(self.some, loosest) < self.best.worst
+            self.budgets = loosest is not None and self._least(loosest) < self.best.worst
         away = max((tail["offload"] for (_, tail), *_ in tails), key=lambda offload: moved(offload, "activations"))
         return self.budgets or self.pricer.fits(self.held.least, self._kept(away, self.split))
 
-    def _least(self, plan: Plan, recompute: str) -> float:
-        """A lower bound of the time of a plan with a budget."""
+    def _least(self, recompute: str) -> float:
+        """A lower bound of the span under a budget: its busiest rank's time; where that bounds it, with the fill of no recompute.
+
+        The fill of 1f1b and of looped schedules is the sum over ranks without the longest, which grows with every rank's time.
+        """
         tried: Plan = object.__new__(Plan)
-        tried.__dict__.update(plan.__dict__, recompute=recompute)
-        return self.pricer.least(tried, self.full)
+        tried.__dict__.update(self.some.__dict__, recompute=recompute)
+        fill = 0.0
+        if self.some.pp > 1 and self.some.schedule in ("1f1b", *pipeline.VIRTUAL):
+            fill = self._base(self.some, self.split).span - self.pricer.least(self.some, self.split)
+        return fill + self.pricer.least(tried, self.full)
 
     def price(self, tails: Sequence[Tail]) -> None:
         """Offer each plan that fits and may be among the best; the first that does not fit stands for those after it."""
@@ -370,7 +389,7 @@ class _Member:
             if recompute != plan.recompute:
                 plan.__dict__["recompute"] = recompute  # made above, and nobody else's
                 split = self.full
-            if split is self.full and self._least(plan, plan.recompute) >= self.best.worst:
+            if split is self.full and self._least(plan.recompute) >= self.best.worst:
                 self.best.reject(SLOWER, len(tails) - index)
                 return
             base = self._base(plan, split)
@@ -386,7 +405,9 @@ class _Member:
 
     def _needs(self, place: int, plan: Plan) -> list[Need]:
         if place not in self.held.needs:
-            self.held.needs[place] = [self.pricer.needs(plan, self.pricer.states(plan, each)) for each in self.held.elements]
+            data = (plan.shards, plan.dp_shard > 1, plan.dp_replicate, plan.cp > 1)
+            key = (*data, plan.zero, plan.offload, plan.microbatches == 1)
+            self.held.needs[place] = [self.best.need(plan, key, each) for each in self.held.elements]
         return self.held.needs[place]
 
     def _kept(self, offload: str, split: Split) -> list[Moment]:
