@@ -14,6 +14,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Leaves of torch.nn that are as large as a layer; other torch.nn leaves (Linear, LayerNorm, ...) are parts of one.
@@ -79,11 +80,12 @@ class _Tree:
         buffers = tuple((name, tuple(b.shape)) for name, b in module.named_buffers(recurse=False))
         is_container = isinstance(module, _CONTAINERS)
         # A container says nothing by its class: what it holds tells one Sequential from another.
-        kind = self._number((type(module), tuple(shape.kind for _, shape in children) if is_container else ()))
-        exact = self._number((type(module), own, buffers, tuple((name, shape.exact) for name, shape in children)))
+        cls = type_before_parametrizations(module)  # a parametrized module has a class of its own
+        kind = self._number((cls, tuple(shape.kind for _, shape in children) if is_container else ()))
+        exact = self._number((cls, own, buffers, tuple((name, shape.exact) for name, shape in children)))
         owns = bool(own) or any(shape.owns for _, shape in children)
         own_matrices = sum(len(size) >= 2 for _, size in own)
-        is_torch_leaf = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, _LARGE_LEAVES)
+        is_torch_leaf = cls.__module__.startswith("torch.nn.modules") and not isinstance(module, _LARGE_LEAVES)
         unit = any(shape.owns for _, shape in children) or (own_matrices > 0 and not is_torch_leaf)
         matrices = own_matrices + sum(shape.matrices for _, shape in children)
         shape = _Shape(kind, exact, owns, matrices, unit and owns)
@@ -187,8 +189,8 @@ class _Tree:
             if not all(isinstance(place, _CONTAINERS) for place in (parent, *above)):
                 continue
             layers = [(key, child) for key, child in parent.named_children() if self._is_weight_layer(child)]
-            counts = Counter(type(child) for _, child in layers)
-            found += [f"{name}.{key}".lstrip(".") for key, child in layers if counts[type(child)] >= 2]
+            counts = Counter(type_before_parametrizations(child) for _, child in layers)
+            found += [f"{name}.{key}".lstrip(".") for key, child in layers if counts[type_before_parametrizations(child)] >= 2]
         return found
 
     def _is_weight_layer(self, module: nn.Module) -> bool:
