@@ -169,7 +169,7 @@ def stage_seconds(each: mw.Engine, batch: Batch) -> list[dict[tuple[int, str], f
 
     @contextmanager
     def watch(action: Any) -> Iterator[None]:
-        whole = (action.stage, action.microbatch) in each.pipeline.schedule.at_once(dist.get_rank())
+        whole = (action.stage, action.microbatch) in each.pipeline.runner.schedule.at_once(dist.get_rank())
         began = time.perf_counter()
         yield
         if not (whole and action.kind == "W"):
@@ -191,7 +191,7 @@ def stage_seconds(each: mw.Engine, batch: Batch) -> list[dict[tuple[int, str], f
 
 def held(each: mw.Engine, batch: Batch) -> dict[str, Any]:
     """Return the most bytes that autograd held for backwards at once on this rank, and what one forward of each stage holds."""
-    count = _Held({p.untyped_storage().data_ptr() for p in each.module.parameters() if not p.is_meta})
+    count = _Held({p.untyped_storage().data_ptr() for p in each.module.parameters() if not p.is_meta}, each.pipeline)
     before, each.pipeline.watch = each.pipeline.watch, count.watch
     each.accumulate(batch)
     each.zero_grad()
@@ -205,10 +205,11 @@ class _Kept:
 
 
 class _Held:
-    """Bytes of the storages that autograd has saved and not let go of, the model's own apart."""
+    """Bytes of the storages that autograd has saved and not let go of, or weight gradients wait with, without the model."""
 
-    def __init__(self, own: set[int]) -> None:
-        self.own, self.now, self.most = own, 0, 0
+    def __init__(self, own: set[int], pipeline: Any) -> None:
+        self.own, self.pipeline, self.now, self.most = own, pipeline, 0, 0
+        self.waiting: dict[tuple[int, int], list[Any]] = {}
         self.users: defaultdict[int, int] = defaultdict(int)
         self.by_stage: dict[int, int] = {}
         self.after_inputs: dict[int, int] = {}
@@ -218,9 +219,13 @@ class _Held:
         before = self.now
         with saved_tensors_hooks(self._pack, lambda kept: kept.tensor if isinstance(kept, _Kept) else kept):
             yield
-        if action.kind == "F":
+        if action.kind == "W":
+            del self.waiting[action.stage, action.microbatch]
+        elif action.kind == "F":
             self.by_stage[action.stage] = self.now - before
         elif action.kind == "I":
+            waiting = self.pipeline.runner.waiting(action.stage, action.microbatch)
+            self.waiting[action.stage, action.microbatch] = list(map(self._pack, waiting))
             self.after_inputs[action.stage] = self.by_stage[action.stage] + self.now - before
 
     def _pack(self, tensor: Tensor) -> Any:
@@ -243,7 +248,7 @@ class _Held:
 
 def simulation(each: mw.Engine, found: list[dict[str, Any]]) -> dict[str, Any]:
     """Return simulated and measured seconds of forwards and backwards (of the step with the median ratio), bytes by rank."""
-    schedule = each.pipeline.schedule
+    schedule = each.pipeline.runner.schedule
     sizes = {stage: size for rank in found for stage, size in rank["bytes"].items()}
     kept = {stage: size for rank in found for stage, size in rank["bytes_after_inputs"].items()}
     runs = []

@@ -1,6 +1,6 @@
 """Pipelines against one device, every schedule on every model: how far the numbers are off (float64).
 
-    python benchmarks/pipeline_parity.py [--section schedules|axes|families ...] [--only TEXT] [--json PATH]
+    python benchmarks/pipeline_parity.py [--section schedules|axes|families ...] [--only TEXT] [--add] [--json PATH]
 
 `schedules`: each model of the tests' zoo that has enough blocks, in all schedules, on 2 and 4 pipeline ranks. `axes`: pipelines
 with data, tensor and context parallelism. `families`: Hugging Face architectures. Each figure is the largest relative error of
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 import warnings
@@ -47,16 +48,21 @@ EIGHT_STAGES = (
     *("gpt-8", "gpt-learned-8", "encoder-decoder-8", "unet-8", "resnet-8", "lora-8", "unused-8", "hf-gpt2-8", "hf-llama-8"),
     "hf-t5-8",
 )
-COMPOSED = ("gpt-8", "encoder-decoder-8", "unet-8", "hf-llama-8", "hf-t5-8", "hf-gpt2-8")
+COMPOSED = ("gpt-8", "encoder-decoder-8", "unet-8", "hf-llama-8", "hf-t5-8")
 AXES = (
+    *(f"{schedule} pp=2 {axes}" for axes in ("dp_shard=2", "tp=2") for schedule in SCHEDULES),
+    *(f"{schedule} pp=2 dp_shard=2 tp=2" for schedule in ("gpipe", "interleaved", "zero_bubble")),
     "1f1b pp=2 dp_replicate=2",
     *(f"{schedule} pp=2 dp_shard=2 zero={zero}" for zero in (1, 2, 3) for schedule in ("1f1b", "interleaved", "zbv")),
-    "1f1b pp=2 tp=2",
+    "1f1b pp=2 dp_replicate=2 dp_shard=2 zero=3",
     "zero_bubble pp=2 tp=2 sp=on",
     "1f1b pp=2 cp=2",
+    "zbv pp=2 cp=2 tp=2",
     "1f1b pp=2 dp_shard=2 tp=2 zero=1",
     "3d pp=2 dp_shard=2 tp=2",
+    "3d pp=2 dp_shard=2 tp=2 recompute=full",
     "zbv pp=2 dp_shard=2 tp=2 sp=on zero=2",
+    "zero_bubble pp=2 tp=2 recompute=selective",
     "1f1b pp=4 dp_shard=2 zero=3",
 )
 IN_FAMILIES = ("1f1b pp=2 microbatches=3", "zero_bubble pp=2 microbatches=3", "1f1b pp=4 microbatches=3", "zbv pp=4 microbatches=4")
@@ -96,15 +102,13 @@ def rows(sections: list[str]) -> Iterator[Row]:
                     if many and name in TWO_STAGES and name not in ("encoder-decoder", "hf-t5", "unet"):
                         continue  # fewer blocks than stages
                     count = 1 if schedule == "layerwise" else MICROBATCHES[pp]
-                    yield (
-                        name,
-                        f"{schedule} pp={pp} microbatches={count}",
-                        lambda n=name, p=f"{schedule} pp={pp} microbatches={count}": _in_zoo(n, p),
-                    )
+                    text = f"{schedule} pp={pp} microbatches={count}"
+                    yield name, text, lambda n=name, p=text: _in_zoo(n, p)
     if "axes" in sections:
         for name in COMPOSED:
             for plan in AXES:
-                yield name, f"{plan} microbatches=3", lambda n=name, p=f"{plan} microbatches=3": _in_zoo(n, p)
+                text = f"{plan} microbatches={1 if 'layerwise' in plan else 5}"
+                yield name, text, lambda n=name, p=text: _in_zoo(n, p)
     if "families" in sections:
         for name in families.FAMILIES:
             for plan in IN_FAMILIES:
@@ -117,13 +121,18 @@ def main() -> None:
         "--section", nargs="+", choices=["schedules", "axes", "families"], default=["schedules", "axes", "families"]
     )
     parser.add_argument("--only", default="", help="rows that contain this text")
-    parser.add_argument("--add", action="store_true", help="keep the rows of the file at --json that are not measured again")
+    parser.add_argument("--add", action="store_true", help="keep the rows of the file at --json, and run those that it lacks")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "pipeline_parity.json")
+    parser.add_argument("--limit", type=float, default=math.inf, help="begin no row after this many seconds")
     arguments = parser.parse_args()
+    start = time.perf_counter()
     warnings.simplefilter("ignore")
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = (
+        json.loads(arguments.json.read_text())["rows"] if arguments.add and arguments.json.exists() else []
+    )
+    known = {(row["model"], row["plan"]) for row in found}
     for name, plan, measure in rows(arguments.section):
-        if arguments.only not in f"{name} {plan}":
+        if arguments.only not in f"{name} {plan}" or (name, plan) in known:
             continue
         began = time.perf_counter()
         try:
@@ -136,13 +145,11 @@ def main() -> None:
         if "failed" in result:
             print(result["failed"][-1200:], flush=True)
         found.append({"model": name, "plan": plan} | result)
+        if time.perf_counter() - start > arguments.limit:
+            break
+    write_json(arguments.json, record("cpu") | {"rows": found})
     good = sum("error" in row and not row["wrong"] for row in found)
     print(f"{good} of {len(found)} agree, {sum('refused' in row for row in found)} are refused")
-    if arguments.add and arguments.json.exists():
-        again = {(row["model"], row["plan"]) for row in found}
-        before = json.loads(arguments.json.read_text())["rows"]
-        found = [row for row in before if (row["model"], row["plan"]) not in again] + found
-    write_json(arguments.json, record("cpu") | {"rows": found})
 
 
 if __name__ == "__main__":

@@ -131,6 +131,14 @@ def fsdp_wait_for_copy_in(group: Any) -> None:
         group.device_handle.current_stream().wait_stream(stream)
 
 
+def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """Return what `saved_tensors_hooks` has put up, to keep a tensor beside the graph as autograd would; 2.11 to 2.13."""
+    found: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None = torch._C._autograd._top_saved_tensors_default_hooks(
+        True
+    )
+    return found
+
+
 def in_backward() -> bool:
     """Whether a backward is running; a forward in it is a recomputation."""
     return bool(torch._C._current_graph_task_id() != -1)

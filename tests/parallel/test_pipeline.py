@@ -78,7 +78,7 @@ def test_pieces_one_after_another_are_the_model(ends: list[int], apart: bool) ->
     values: dict[int, Tensor] = {}
     queue, result = Queue(), None
     for piece in cut(found, ends):
-        program = Program(defer(piece.trace, queue) if apart else piece.trace, model, frozenset(), CPU)
+        program = Program(defer(piece.trace, queue, CPU) if apart else piece.trace, model, frozenset(), CPU)
         given, result = program([tokens, *(values[n] for n in piece.taken)])
         values.update(zip(piece.given, given, strict=True))
     assert isinstance(result, Tensor)
@@ -86,7 +86,7 @@ def test_pieces_one_after_another_are_the_model(ends: list[int], apart: bool) ->
     result.backward()
     if apart:
         assert all(p.grad is None for n, p in model.named_parameters() if n.startswith("layers")), "weights wait"
-        settle(queue.current, list(model.parameters()))
+        settle(queue.current)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-12, atol=1e-14)
 
@@ -100,10 +100,10 @@ def test_deferring_covers_convolutions_norms_embeddings_and_shared_weights() -> 
     expected = [p.grad for p in model.parameters()]
     model.zero_grad()
     queue = Queue()
-    program = Program(defer(traced(model, lambda b: model(b).square().mean(), batch), queue), model, frozenset(), CPU)
+    program = Program(defer(traced(model, lambda b: model(b).square().mean(), batch), queue, CPU), model, frozenset(), CPU)
     program([batch]).backward()
     assert all(parameter.grad is None for parameter in model.parameters())
-    settle(queue.current, list(model.parameters()))
+    settle(queue.current)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
 

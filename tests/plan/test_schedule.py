@@ -98,17 +98,24 @@ def test_every_legal_schedule_runs_to_its_end(drawn, draw: random.Random) -> Non
 @settings(max_examples=150, deadline=None)
 @given(counts, st.randoms(use_true_random=False))
 def test_a_damaged_list_cannot_be_built(drawn, draw: random.Random) -> None:
-    """Drop, repeat or replace one action: always refused. Swap two: refused, or still a list that runs to its end."""
+    """Drop, repeat, change or move one action: always refused. Swap two: refused, or still a list that runs to its end."""
     schedule = build(*legal(drawn))
     rows = [list(row) for row in schedule.actions]
     row = rows[draw.randrange(len(rows))]
-    place, damage = draw.randrange(len(row)), draw.choice(["drop", "repeat", "replace", "swap"])
+    place, damage = draw.randrange(len(row)), draw.choice(["drop", "repeat", "replace", "kind", "peer", "move", "swap"])
     if damage == "drop":
         row.pop(place)
     elif damage == "repeat":
         row.insert(draw.randrange(len(row)), row[place])
     elif damage == "replace":
         row[place] = row[place]._replace(microbatch=schedule.microbatches)
+    elif damage == "kind":
+        others = {"F", "B", "I", "W"} if row[place].computes else {"SEND_F", "RECV_F", "SEND_B", "RECV_B"}
+        row[place] = row[place]._replace(kind=draw.choice(sorted(others - {row[place].kind})))
+    elif damage == "peer":
+        row[place] = row[place]._replace(peer=row[place].peer + draw.choice([-1, 1, schedule.stages]))
+    elif damage == "move":
+        draw.choice([other for other in rows if other is not row] or [[]]).insert(0, row.pop(place))
     else:
         other = draw.randrange(len(row))
         row[place], row[other] = row[other], row[place]

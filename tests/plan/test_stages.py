@@ -119,6 +119,8 @@ def test_memory_moves_the_cut_and_is_never_exceeded(big_head: Blueprint) -> None
     [
         ("pp=9 microbatches=9", ["pp=9", "8 blocks", "pp=8"]),
         ("pp=5 virtual=2 schedule=interleaved", ["pp=5 virtual=2", "10 stages", "pp=4 virtual=2"]),
+        ("pp=2 virtual=5 schedule=interleaved", ["10 stages", "8 blocks", "nearest that works is pp=2 virtual=4"]),
+        ("pp=6 virtual=2 schedule=zbv", ["12 stages", "8 blocks", "nearest that works is pp=4 virtual=2"]),
         ("pp=2 split=4,5", ["split=4,5", "9 blocks", "split=4,4"]),
         ("pp=2 split=8,0", ["split=8,0", "split=4,4"]),
         ("pp=2 split=block.4", ["'block.4'", "'blocks.4'"]),

@@ -84,17 +84,12 @@ class _Tree:
         buffers = tuple((name, tuple(b.shape)) for name, b in module.named_buffers(recurse=False))
         is_container = isinstance(module, _CONTAINERS)
         # A container says nothing by its class: what it holds tells one Sequential from another.
-        kind = self._number(
-            (type_before_parametrizations(module), tuple(shape.kind for _, shape in children) if is_container else ())
-        )
-        exact = self._number(
-            (type_before_parametrizations(module), own, buffers, tuple((name, shape.exact) for name, shape in children))
-        )
+        cls = type_before_parametrizations(module)  # a parametrized module has a class of its own
+        kind = self._number((cls, tuple(shape.kind for _, shape in children) if is_container else ()))
+        exact = self._number((cls, own, buffers, tuple((name, shape.exact) for name, shape in children)))
         owns = bool(own) or any(shape.owns for _, shape in children)
         own_matrices = sum(any(len(size) >= 2 for size in sizes) for _, *sizes in own)
-        is_torch_leaf = type_before_parametrizations(module).__module__.startswith("torch.nn.modules") and not isinstance(
-            module, _LARGE_LEAVES
-        )
+        is_torch_leaf = cls.__module__.startswith("torch.nn.modules") and not isinstance(module, _LARGE_LEAVES)
         unit = any(shape.owns for _, shape in children) or (own_matrices > 0 and not is_torch_leaf)
         matrices = own_matrices + sum(shape.matrices for _, shape in children)
         shape = _Shape(kind, exact, owns, matrices, unit and owns)

@@ -40,8 +40,6 @@ class Stage:
         self.piece, self.model, self.device, self.bound, self.runs = piece, model, device, bound, runs
         self.queue = Queue()
         self.names = piece.parameters()
-        held = {id(bound[name]): bound[name] for name in sorted(self.names) if name in bound}
-        self.weights = [tensor for tensor in held.values() if tensor.requires_grad]
         self.random = any(is_random(op) or is_opaque(op) for op in piece.trace.ops)
         # What a leaf of autograd holds can't be written to.
         self.writes = any(writes(op.func) for op in piece.trace.ops)
@@ -51,8 +49,8 @@ class Stage:
     def program(self, apart: bool) -> Program:
         """Return the program, made when it is first asked for; `apart` defers weight gradients."""
         if apart and self._apart is None:
-            deferred, blocks = defer(self.piece.trace, self.queue), self.runs.apart(self.queue) if self.runs is not None else None
-            self._apart = Program(deferred, self.model, frozenset(), self.device, self.bound, blocks)
+            deferred = defer(self.piece.trace, self.queue, self.device)
+            self._apart = Program(deferred, self.model, frozenset(), self.device, self.bound, self.runs)
         if not apart and self._plain is None:
             self._plain = Program(self.piece.trace, self.model, frozenset(), self.device, self.bound, self.runs)
         found = self._apart if apart else self._plain
@@ -168,9 +166,13 @@ class Runner:
             )
         elif kind == "W":
             with self.watch(action):
-                settle(self._flights[stage, microbatch].due, job.stages[stage].weights)
+                settle(self._flights[stage, microbatch].due)
         else:
             self._backward(action, job)
+
+    def waiting(self, stage: int, microbatch: int) -> list[Tensor]:
+        """What weight gradients of a micro-batch are still to be computed from."""
+        return [tensor for _, _, operands in self._flights[stage, microbatch].due.entries for tensor in operands]
 
     # Computing
 
@@ -214,9 +216,9 @@ class Runner:
             seeds.append(torch.full_like(flight.output, job.weight))
         with self.watch(action):
             if roots:
-                torch.autograd.backward(roots, seeds)
+                torch.autograd.backward(roots, seeds, retain_graph=job.stages[stage].queue.shared)
             if kind == "B":
-                settle(flight.due, job.stages[stage].weights)
+                settle(flight.due)
         for source, numbers in piece.sources.items():
             found = {number: _gradient(flight.received[number]) for number in _graded(piece, numbers)}
             if self.schedule.stage_ranks[source] != self.rank:

@@ -76,7 +76,7 @@ class Pipeline:
         self.ends: list[int] = []
         self.buffer_homes: dict[str, int] = {}
         self.watch: Callable[[Action], AbstractContextManager[Any]] = lambda _: nullcontext()
-        self.schedule: Schedule | None = None  # of the latest run
+        self.runner: Runner | None = None  # of the latest run
         self.buckets: Buckets | None = None  # takes the gradients, if there is something to reduce or to cast
         self._cuttings: OrderedDict[Any, list[_Cutting]] = OrderedDict()
         self._homes: dict[str, tuple[int, ...]] = {}
@@ -130,10 +130,10 @@ class Pipeline:
         outputs: dict[int, Any] = {}
         if jobs:
             with _torch.without_autocast():
-                self.schedule = self._schedule(found)
-                runner = Runner(self.schedule, self.rank, self.group, self.ranks.device, context, self.watch)
+                schedule = self._schedule(found)
+                self.runner = runner = Runner(schedule, self.rank, self.group, self.ranks.device, context, self.watch)
                 if backward and self.buckets is not None:
-                    runner.differentiated = _Reduction(self.buckets, self.partition.table, found, self.schedule, self.rank)
+                    runner.differentiated = _Reduction(self.buckets, self.partition.table, found, schedule, self.rank)
                 outputs = runner.run(jobs, backward)
         return [outputs[number] for number in range(len(jobs))] if self.last else []
 

@@ -2,8 +2,7 @@
 
 A block's call goes through `Recompute.run`. Under `torch.utils.checkpoint` it keeps what enters it and the results that were chosen
 (`plan/recompute.py`); in the backward the same function runs again, on the same random numbers and buffers, with the kept results
-in the place of the ops that made them. A stage whose weight gradients are deferred runs by `_Again`, since its small graphs hold
-on to their activations by themselves.
+in the place of the ops that made them.
 
 The choice is made from the block as it runs here: its first call on a kind of input is looked at op by op, without leaving a
 trace (random numbers, buffers, inputs and attributes are as before). So it counts local shapes, casts and kernels as they are.
@@ -15,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy as shallow
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,8 +26,6 @@ from meshwright import _torch
 from meshwright.blueprint import costs
 from meshwright.blueprint.running import untouched
 from meshwright.parallel.activations import Activations, View
-from meshwright.partition.deferred import Due, Queue
-from meshwright.partition.program import Blocks
 from meshwright.partition.trace import is_plain
 from meshwright.plan.recompute import BlockCosts, Choice, Item, budget_bytes, fit, full, selective
 from meshwright.plan.stages import CPU, GPU, Rates
@@ -102,13 +99,9 @@ class Recompute:
                 forward = forward.forward
             block.__dict__["forward"] = _Forward(self, name, block, forward)
 
-    def run(self, name: str, module: nn.Module, function: Function, graded: list[bool], *tensors: Tensor) -> Any:
+    def run(self, name: str, module: nn.Module, function: Function, *tensors: Tensor) -> Any:
         """`call` as a program makes it."""
         return self.call(name, module, function, tensors, {})
-
-    def apart(self, queue: Queue) -> Blocks:
-        """What runs the same blocks where a function's backward leaves work in a queue."""
-        return _Apart(self, queue)
 
     def call(self, name: str, module: nn.Module, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return `function(*args, **kwargs)`, which is a call of the block `module`, keeping only what was chosen."""
@@ -177,41 +170,6 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.recompute.call(self.name, self.module, self.forward, args, kwargs)
-
-
-class _Apart:
-    """Runs blocks whose weight gradients wait in a queue: the repetition leaves them where the call would have."""
-
-    def __init__(self, recompute: Recompute, queue: Queue) -> None:
-        self.recompute, self.queue, self.names = recompute, queue, recompute.names
-
-    def run(self, name: str, module: nn.Module, function: Function, graded: list[bool], *tensors: Tensor) -> Any:
-        """Return `function(*tensors)`, keeping only what was chosen."""
-        if not torch.is_grad_enabled():
-            return function(*tensors)
-        offload = self.recompute.offload
-        if offload is None:
-            return self._run(name, module, function, graded, tensors)
-        with offload.block(name, module, tensors):
-            return self._run(name, module, function, graded, tensors)
-
-    def _run(self, name: str, module: nn.Module, function: Function, graded: list[bool], tensors: tuple[Tensor, ...]) -> Any:
-        due = self.queue.current
-        self.queue.current = Due()
-        facts = self.recompute.known(name, module, function, tensors, {})
-        self.queue.current = due
-        if facts.choice.kept is None:
-            return function(*tensors)
-
-        def call(*inside: Tensor) -> Any:
-            self.queue.current = due
-            return function(*_unwritten(facts.writes, inside))
-
-        device = self.recompute.device
-        kept = _Kept(facts.choice.kept, device, self.recompute.offload)
-        frame = _Frame(call, kept, _Before(module, facts.changes), graded, device, self.recompute.spend)
-        anchor = torch.empty(0, device=device, requires_grad=True)
-        return _Again.apply(anchor, frame, *tensors)  # type: ignore[no-untyped-call]
 
 
 # The first call
@@ -429,54 +387,6 @@ class _Before:
             self.repeating = True
             stack.callback(lambda: setattr(self, "repeating", False))
             yield
-
-
-@dataclass
-class _Frame:
-    """A call that `_Again` repeats in the backward."""
-
-    function: Function
-    kept: _Kept
-    before: _Before
-    graded: Sequence[bool]
-    device: torch.device
-    begin: Callable[[], None]
-    states: list[Tensor] = field(default_factory=list)
-
-
-class _Again(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, frame: _Frame, *tensors: Tensor) -> Any:
-        """Run the call without a graph."""
-        frame.states = [generator.get_state() for generator in _torch.seeded_default_generators(frame.device)]
-        with torch.no_grad(), frame.kept.forward():
-            outputs = tuple(frame.function(*tensors))
-        ctx.frame = frame
-        ctx.save_for_backward(*tensors)
-        results = tuple(o.view_as(o) if any(o is t for t in tensors) else o for o in outputs)
-        ctx.mark_non_differentiable(*(r for r, graded in zip(results, frame.graded, strict=True) if not graded))
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """Run it with a graph, and that graph's backward; weights' gradients go where that puts them."""
-        frame: _Frame = ctx.frame
-        frame.begin()
-        inside = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
-        generators = _torch.seeded_default_generators(frame.device)
-        now = [generator.get_state() for generator in generators]
-        for generator, state in zip(generators, frame.states, strict=True):
-            generator.set_state(state)
-        try:
-            with torch.enable_grad(), frame.before.again(frame.kept.backward()):
-                outputs = frame.function(*inside)
-        finally:
-            for generator, state in zip(generators, now, strict=True):
-                generator.set_state(state)
-        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and g is not None]
-        if pairs:
-            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-        return (None, None, *(t.grad for t in inside))
 
 
 def has_blocks(names: Sequence[str], plan_text: str, class_name: str) -> bool:

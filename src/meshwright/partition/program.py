@@ -32,8 +32,8 @@ class Blocks(Protocol):
 
     names: frozenset[str]
 
-    def run(self, name: str, module: nn.Module, function: Callable[..., Any], graded: list[bool], *tensors: Tensor) -> Any:
-        """Return `function(*tensors)`; `graded` says which of its results have a gradient."""
+    def run(self, name: str, module: nn.Module, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        """Return `function(*tensors)`."""
 
 
 @dataclass
@@ -128,8 +128,7 @@ class Program:
             name = self.trace.calls[segment.call].name
             unit, call = self.model.get_submodule(name), run
             if self.blocks is not None and name in self.blocks.names:
-                flow = self.graded
-                call = partial(self.blocks.run, f"{name}#{segment.call}", unit, run, [n in flow for n in segment.gives])
+                call = partial(self.blocks.run, f"{name}#{segment.call}", unit, run)
             if name in self.units:
                 with _torch.only_fsdp_hooks(unit):  # the others are in the trace
                     made = _in_place_of_forward(unit, call, taken)

@@ -7,6 +7,7 @@ numbers, and its answer is exact. What a schedule makes of the stages is `simula
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
@@ -18,6 +19,7 @@ from typing import TypeAlias
 
 from meshwright.blueprint.record import Blueprint, Op, ParameterRecord, Saved, Unit
 from meshwright.errors import PlanError
+from meshwright.plan.orders import check_counts
 from meshwright.plan.plan import Plan
 from meshwright.plan.simulate import StageCost
 
@@ -327,8 +329,14 @@ def _where(plan: Plan) -> str:
 
 
 def _fewer(plan: Plan, calls: int) -> str:
-    if calls >= 2 * plan.virtual:
-        return f"the nearest that works is pp={calls // plan.virtual}" + (f" virtual={plan.virtual}" if plan.virtual > 1 else "")
+    """The nearest that works: the most stages, by fewer of them on each rank if the schedule takes that, or by fewer ranks."""
+    ranks, virtual = calls // plan.virtual, calls // plan.pp
+    if virtual and plan.virtual > 1 and (ranks < 2 or plan.pp * virtual >= ranks * plan.virtual):
+        with contextlib.suppress(PlanError):
+            check_counts(plan.schedule, plan.pp, virtual, plan.microbatches)
+            return f"the nearest that works is pp={plan.pp} virtual={virtual}"
+    if ranks > 1:
+        return f"the nearest that works is pp={ranks}" + (f" virtual={plan.virtual}" if plan.virtual > 1 else "")
     return f"the nearest that works is pp={calls} with one stage on each rank" if calls > 1 else "it has no place to be cut"
 
 
