@@ -124,5 +124,5 @@ BUFFERS = 3
 
 
 def slice_elements(trainable: int) -> int:
-    """Elements of a rank's parameters that an optimizer with stored states updates at a time: at most 8 MiB of fp32."""
-    return min(2**21, max(2**14, trainable // 64))
+    """Elements of a rank's parameters that an optimizer with stored states updates at a time: at most 32 MiB of fp32."""
+    return min(2**23, max(2**14, trainable // 64))
