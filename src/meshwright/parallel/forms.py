@@ -7,11 +7,11 @@
 | int8 | 1 + 4 / 256     | one of the two codes around x: relative error under 1/8                        |
 
 int8 keeps, for each block of 256 values, the largest magnitude A in float32, and for each value the byte of a small float in
-units of A: three bits of mantissa, and above them an exponent that ends at A. A block without negative values has no sign and 255
-codes from A down to 1.25 * 2^-32 A (a second moment has its square root to 6%, over a range of 60,000), any other block 127 of either
-sign down to 1.25 * 2^-16 A. Zero is itself. Values below the range: in a block without negative ones they become its lowest code (so
-a denominator never vanishes), else zero or the lowest code. A linear scale would lose everything below A / 127, and Adam divides
-by it.
+units of A: three bits of mantissa, and above them an exponent that ends at A. A block without negative values has no sign and
+255 codes from A down to 1.25 * 2^-32 A (a second moment has its square root to 6%, over a range of 60,000), any other block 127
+of either sign down to 1.25 * 2^-16 A. Zero is itself. Values below the range: in a block without negative ones they become its
+lowest code (so a denominator never vanishes), else zero or the lowest code. A linear scale would lose everything below A / 127,
+and Adam divides by it.
 
 The choice between the two neighbours is random with the odds that make the mean right: an average that moves by a thousandth
 a step moves in the mean; rounded to the nearest it would stand still, in bfloat16 too. (Dettmers et al., 8-bit Optimizers via
