@@ -71,7 +71,9 @@ def wide(plan: str, beside: bool = False) -> tuple[list[float], dict[str, torch.
         loss_fn=lambda output, batch: output.square().mean(),
         clip_grad_norm=0.05,
     )
-    if beside:
+    if beside and engine._applied.parked is not None:
+        engine._applied.parked.ahead = True  # as where units travel to a device
+    elif beside:
         engine.bound.beside = True  # type: ignore[union-attr]  # as where a device computes and its host updates
     draw = torch.Generator().manual_seed(engine.data_rank)
     norms = [engine.step(torch.randn(6, 130, generator=draw, dtype=torch.float64)).grad_norm for _ in range(4)]
@@ -97,7 +99,16 @@ def test_two_passes_draw_the_same_and_leave_buffers_alone(plan: str, tmp_path: P
         torch.testing.assert_close(found[1][name], value, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("plan", ["zero1 offload=optimizer:nvme={dir}", "zero2", "ddp optimizer_state=bf16", "fsdp microbatches=2"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "zero1 offload=optimizer:nvme={dir}",
+        "zero2",
+        "ddp optimizer_state=bf16",
+        "fsdp microbatches=2",
+        "fsdp offload=params:nvme={dir}",
+    ],
+)
 def test_an_update_beside_the_backward_gives_the_same(plan: str, tmp_path: Path) -> None:
     """The host's thread, on a machine whose device is the host: the same order of work, without streams."""
     text = plan.format(dir=tmp_path) + " update=backward clip=two_pass"

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from meshwright.blueprint.inspection import inspect
 from meshwright.engine.backward import check_clip
 from meshwright.engine.batch import caller, rows
 from meshwright.engine.engine import Engine, Settings
 from meshwright.engine.optimizer import OptimizerFactory
 from meshwright.errors import ConfigError, ModelError
-from meshwright.parallel.apply import refuse_unavailable
+from meshwright.parallel.apply import COMPUTE_DTYPES, refuse_unavailable
 from meshwright.parallel.auto import choose_here, is_auto
 from meshwright.parallel.ranks import connect
 from meshwright.parallel.weights import Weights
 from meshwright.plan import Plan
+from meshwright.plan.recompute import budget_bytes, check_budget
 
 
 def parallelize(
@@ -74,6 +76,10 @@ def parallelize(
     if isinstance(plan, str) and is_auto(plan):
         parsed = choose_here(model, plan, example_batch, loss_fn, partial(_reading, loss_fn=loss_fn, forward_fn=forward_fn))
     parsed = parsed.resolve(dist.get_world_size() if dist.is_initialized() else 1)
+    if budget_bytes(parsed.recompute) is not None and example_batch is not None:
+        low = COMPUTE_DTYPES[parsed.precision]
+        read = inspect(model, example_batch, forward_fn=forward_fn, loss_fn=loss_fn, dtype=low, strict=False)
+        check_budget(read, parsed, 1)
     settings = Settings(
         loss_fn=loss_fn,
         count_fn=count_fn or getattr(loss_fn, "count", None) or rows,

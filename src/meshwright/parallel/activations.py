@@ -368,6 +368,8 @@ class _Gpu(_Home):
 
     def _free(self, ticket: _GpuTicket) -> None:
         """Forget it: its room may be used again."""
+        if ticket.coming is not None:  # perhaps nobody took it: its memory must not be used again before the copy into it is over
+            torch.cuda.current_stream(self.device).wait_event(ticket.coming[1])
         if ticket.slot is not None:
             assert self.disk is not None
             if ticket.host is not None:

@@ -32,11 +32,8 @@ from meshwright import _torch
 from meshwright.errors import ModelError
 from meshwright.parallel.parameters import Parameter, shard_rows
 from meshwright.parallel.ranks import Ranks
+from meshwright.plan.memory import LARGEST_BUCKET, bucket_bytes
 
-_LARGEST_BYTES = 25 * 2**20  # torch DDP's default: large enough for bandwidth, small enough to overlap
-# Under zero=2 (and where buckets are used up at once) a full bucket is what a rank holds beyond its promise: it is to stay small.
-_ZERO2_BUCKETS = 16
-_ZERO2_SMALLEST_BYTES = 2**20
 _DIGIT = 4096
 
 
@@ -140,9 +137,7 @@ class Buckets:
 
     def _cut(self, entries: list[Parameter]) -> list[_Bucket]:
         total = sum(entry.shape.numel() * entry.master.element_size() for entry in entries)
-        limit = _LARGEST_BYTES
-        if self._small:
-            limit = min(limit, max(_ZERO2_SMALLEST_BYTES, total // _ZERO2_BUCKETS))
+        limit = bucket_bytes(total) if self._small else LARGEST_BUCKET
         buckets: list[_Bucket] = []
         for entry in entries:
             dtype = torch.promote_types(entry.dtype, torch.float32)

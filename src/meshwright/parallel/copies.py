@@ -6,7 +6,7 @@ rounding to powers of two costs little. Where host and device are one nothing is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,20 @@ class Copies:
         """Wait for that moment."""
         if begun is not None:
             begun.synchronize()
+
+    def fill(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Any:
+        """Begin to copy each (target, source); sources on the host are page-locked or copied at once. Returns the moment at which
+        they are there, for `arrived`. What was asked of the targets before is done first.
+        """
+        if self._streams is None:
+            for target, source in pairs:
+                target.copy_(source)
+            return None
+        self._streams[1].wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._streams[1]):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            return self._streams[1].record_event()
 
     def up(self, target: Tensor, value: Tensor) -> None:
         """Copy a value to a tensor of the device; from the host it is begun here, and there after `land`."""
