@@ -1,19 +1,21 @@
 """Memory on one CUDA device: what each kind of offload costs a Llama's utilisation, and the largest Llama that trains there.
 
-    python benchmarks/memory_gpu.py --section offload --directory /scratch
+    python benchmarks/memory_gpu.py --directory /scratch                 # both sections; the JSON grows with every case
     python benchmarks/memory_gpu.py --section largest --directory /scratch --billions 30
-    python benchmarks/memory_gpu.py --section offload --device cpu --dry     # tiny sizes: does it run?
+    python benchmarks/memory_gpu.py --device cpu --dry                   # tiny sizes: does it run?
 
-`offload`: model FLOP utilisation (6 FLOPs a parameter and token, plus attention's 12 * layers * hidden * sequence) of a 1B and an
-8B Llama in bfloat16, without offload where it fits and with each kind. `largest`: seconds per step of a Llama of the asked size
-against the floor that the host's link gives: the bytes that a step must move over PCIe at the rates measured in the same run. Each
-case runs in a process of its own, so that one that does not fit fails alone.
+`offload`: model FLOP utilisation (6 FLOPs a parameter and token, plus attention's 12 * layers * hidden * sequence, its mask left
+out) of a 1B and an 8B Llama in bfloat16, without offload where it fits and with each kind. A step has `--microbatches` of `--rows`
+sequences, since what an update takes is the same for every batch. `largest`: seconds per step of a Llama of the asked size against
+the floor that the host's link gives: the bytes that a step must move over PCIe at the rates measured in the same run. Each case
+runs in a process of its own with a limit of time, so that one that does not fit, dies or hangs fails alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import resource
 import statistics
 import tempfile
 import time
@@ -41,22 +43,33 @@ SIZES = {
 def main() -> None:
     """Run one section and write its JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--section", choices=("offload", "largest"), required=True)
+    parser.add_argument("--section", choices=("offload", "largest"), nargs="*", default=["offload", "largest"])
     parser.add_argument("--directory")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--billions", type=float, nargs="*", default=[13.0, 20.0, 30.0, 40.0])
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=4, help="sequences in a micro-batch")
+    parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--extra", default="", help="further plan items, such as recompute=full loss_chunks=8")
+    parser.add_argument("--minutes", type=float, default=8.0, help="that a case may take")
+    parser.add_argument("--extra", default="recompute=selective loss_chunks=16", help="further items of the plans of `offload`")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    name = f"memory-{arguments.device}{'-dry' if arguments.dry else ''}.json"
+    place = arguments.json or REPOSITORY / "benchmarks" / "results" / name
+    about, found = record(arguments.device), {section: list[dict[str, Any]]() for section in arguments.section}
     with tempfile.TemporaryDirectory() as own:
         directory = arguments.directory or own
-        cases = _offload(arguments, directory) if arguments.section == "offload" else _largest(arguments, directory)
-        found = [{"model": name, "plan": plan} | _alone(arguments, sizes, plan) for name, sizes, plan in cases]
+        for section, cases in found.items():
+            for model, sizes, plan in {"offload": _offload, "largest": _largest}[section](arguments, directory):
+                cases.append({"model": model, "plan": plan} | _alone(arguments, sizes, plan))
+                write_json(place, about | found)
+            _print(f"{section} on {arguments.device}", cases, directory)
+
+
+def _print(title: str, found: list[dict[str, Any]], directory: str) -> None:
     table(
-        f"{arguments.section} on {arguments.device}",
+        title,
         ("model", "plan", "s a step", "utilisation", "peak GiB", "floor s"),
         [
             (
@@ -70,12 +83,10 @@ def main() -> None:
             for each in found
         ],
     )
-    name = f"memory-{arguments.device}-{arguments.section}{'-dry' if arguments.dry else ''}.json"
-    write_json(arguments.json or REPOSITORY / "benchmarks" / "results" / name, record(arguments.device) | {"cases": found})
 
 
 def _offload(arguments: argparse.Namespace, directory: str) -> list[tuple[str, dict[str, int], str]]:
-    base = f"precision=bf16 {arguments.extra}".strip()
+    base = f"precision=bf16 microbatches={arguments.microbatches} {arguments.extra}".strip()
     kinds = [
         base,
         f"{base} offload=optimizer:cpu",
@@ -83,6 +94,7 @@ def _offload(arguments: argparse.Namespace, directory: str) -> list[tuple[str, d
         f"{base} offload=optimizer:cpu@0.5",
         f"{base} offload=optimizer:nvme={directory}",
         f"{base} offload=params:cpu",
+        f"precision=bf16 microbatches={arguments.microbatches} loss_chunks=16 offload=activations:cpu,optimizer:cpu",
         f"{base} master=kahan optimizer_state=int8",
     ]
     return [(name, SIZES[name], plan) for name in (["dry"] if arguments.dry else ["1B", "8B"]) for plan in kinds]
@@ -91,7 +103,7 @@ def _offload(arguments: argparse.Namespace, directory: str) -> list[tuple[str, d
 def _largest(arguments: argparse.Namespace, directory: str) -> list[tuple[str, dict[str, int], str]]:
     """Models of the asked sizes, in the shape of an 8B; bfloat16 weights on the host, their states in 8 bits there or on disk."""
     plan = (
-        f"precision=bf16 master=stochastic optimizer_state=int8 update=backward {arguments.extra} "
+        "precision=bf16 master=stochastic optimizer_state=int8 update=backward recompute=full loss_chunks=16 "
         f"offload=params:cpu,optimizer:cpu@0.6,optimizer:nvme={directory}@0.4"
     )
     if arguments.dry:
@@ -114,11 +126,16 @@ def _alone(arguments: argparse.Namespace, sizes: dict[str, int], plan: str) -> d
     process = context.Process(target=_case, args=(theirs, sizes, plan, rows, arguments.steps, arguments.device), daemon=True)
     process.start()
     theirs.close()
+    found: dict[str, Any] = {"failed": f"not done after {arguments.minutes:g} minutes"}
     try:
-        found: dict[str, Any] = ours.recv()
+        if ours.poll(arguments.minutes * 60):
+            found = ours.recv()
     except EOFError:
         found = {"failed": "the process died (out of host memory?)"}
-    process.join()
+    process.join(30)
+    if process.is_alive():
+        process.kill()
+        process.join()
     return found
 
 
@@ -132,27 +149,32 @@ def _case(pipe: Connection, sizes: dict[str, int], plan: str, rows: int, steps: 
 def _measure(sizes: dict[str, int], plan: str, rows: int, steps: int, device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     config = decoder.llama(**sizes)
+    rows *= Plan.parse(plan).microbatches
+    tokens = torch.randint(0, sizes["vocab"], (rows, sizes["sequence"]))
+    batch = (tokens, tokens.roll(-1, 1))
     engine = mw.parallelize(
         lambda: decoder.Decoder(config),
         plan,
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-4),
         loss_fn=mw.losses.cross_entropy,
+        example_batch=tuple(part[:1] for part in batch),
         device=device,
     )
-    tokens = torch.randint(0, sizes["vocab"], (rows, sizes["sequence"]))
     seconds = []
-    for _ in range(steps):
+    for number in range(steps):
         if cuda:
             torch.cuda.synchronize()
+            if number == 1:
+                torch.cuda.reset_peak_memory_stats()  # the first step's look at each block is no part of the others
         start = time.perf_counter()
-        engine.step((tokens, tokens.roll(-1, 1)))
+        engine.step(batch)
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     parameters = sum(entry.shape.numel() for entry in engine.table)
     per_token = 6 * parameters + 12 * sizes["layers"] * sizes["hidden"] * sizes["sequence"]
     peak = next((rate for name, rate in PEAKS.items() if cuda and name in torch.cuda.get_device_name()), None)
-    median = statistics.median(seconds[1:])
+    median = statistics.median(seconds[1:] or seconds)
     found: dict[str, Any] = {
         "parameters": parameters,
         "tokens": tokens.numel(),
@@ -160,13 +182,16 @@ def _measure(sizes: dict[str, int], plan: str, rows: int, steps: int, device: to
         "every_step": seconds,
         "utilisation": per_token * tokens.numel() / median / peak if peak else None,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "formula": state_bytes(engine.plan, parameters, on_host=not cuda).to_json(),
     }
     return found | _floor(engine.plan, parameters, device)
 
 
 def _floor(plan: Plan, parameters: int, device: torch.device) -> dict[str, float]:
-    """Seconds that a step's bytes take over PCIe alone: shards down twice and up once, gradients up, updated weights down."""
+    """Seconds that a step's bytes take over PCIe alone: shards down twice a micro-batch and up once, gradients up, updated weights
+    down; both directions at once.
+    """
     if device.type != "cuda":
         return {}
     here = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
@@ -180,10 +205,11 @@ def _floor(plan: Plan, parameters: int, device: torch.device) -> dict[str, float
             target.copy_(source, non_blocking=True)
         torch.cuda.synchronize()
         rates.append(4 * len(here) / (time.perf_counter() - start))
-    formula = state_bytes(plan, parameters)
-    away = formula.host + formula.disk
-    weights = 2.0 * parameters if "params" in plan.offload else 0.0
-    down, up = 2 * weights + (2.0 * parameters if "optimizer" in plan.offload else 0), weights + 4.0 * parameters * (away > 0)
+    each = 4.0 if plan.master == "fp32" else 2.0  # zero=3 shards the master, and has gradients of its dtype
+    weights = each * parameters if "params" in plan.offload else 0.0
+    updated = "optimizer" in plan.offload
+    down = 2 * weights * plan.microbatches + 2.0 * parameters * updated
+    up = weights + (each if weights else 4.0) * parameters * updated
     return {"floor_s": max(down / rates[0], up / rates[1]), "down_bytes_per_s": rates[0], "up_bytes_per_s": rates[1]}
 
 

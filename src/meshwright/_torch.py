@@ -139,6 +139,17 @@ def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tenso
     return found
 
 
+def lock_pages(memory: Tensor) -> bool:
+    """Lock the pages of CPU memory for copies to and from a GPU, by CUDA itself; returns whether it could."""
+    portable = 1  # `cudaHostRegisterPortable`
+    return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, portable)) == 0
+
+
+def unlock_pages(memory: Tensor) -> None:
+    """Undo `lock_pages`, once no copy is under way."""
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
 def in_backward() -> bool:
     """Whether a backward is running; a forward in it is a recomputation."""
     return bool(torch._C._current_graph_task_id() != -1)

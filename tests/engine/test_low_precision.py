@@ -65,7 +65,7 @@ def test_small_steps_are_not_lost_by_what_replaces_the_master() -> None:
     assert moved("precision=bf16 master=stochastic") == pytest.approx(expected, rel=0.25)
 
 
-@pytest.mark.parametrize(("name", "bound"), [("bf16", 2.0**-7), ("int8", 2.0 ** (16 / 126) - 1)])
+@pytest.mark.parametrize(("name", "bound"), [("bf16", 2.0**-7), ("int8", 2.0**-3)])
 @pytest.mark.parametrize("positive", [False, True])
 def test_forms_keep_their_bound_and_their_mean(name: str, bound: float, positive: bool) -> None:
     draw = torch.Generator().manual_seed(0)
@@ -75,7 +75,7 @@ def test_forms_keep_their_bound_and_their_mean(name: str, bound: float, positive
     form, total = Form(name), torch.zeros_like(values)
     memory = torch.zeros(form.nbytes(len(values), values.dtype), dtype=torch.uint8)
     largest = torch.nn.functional.pad(values.abs(), (0, -len(values) % 256)).view(-1, 256).amax(1).repeat_interleave(256)[:3001]
-    inside = values.abs() > largest * 2.0**-16
+    inside = values.abs() > largest * 1.25 * 2.0**-16
     for _ in range(300):
         form.encode(values, memory, draw)
         found = form.decode(memory, len(values), values.dtype)

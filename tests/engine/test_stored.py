@@ -62,7 +62,7 @@ class Wide(torch.nn.Module):
         return x
 
 
-def wide(plan: str) -> tuple[list[float], dict[str, torch.Tensor], int]:
+def wide(plan: str, beside: bool = False) -> tuple[list[float], dict[str, torch.Tensor], int]:
     torch.manual_seed(0)
     engine = mw.parallelize(
         Wide().double(),
@@ -71,6 +71,10 @@ def wide(plan: str) -> tuple[list[float], dict[str, torch.Tensor], int]:
         loss_fn=lambda output, batch: output.square().mean(),
         clip_grad_norm=0.05,
     )
+    if beside and engine._applied.parked is not None:
+        engine._applied.parked.ahead = True  # as where units travel to a device
+    elif beside:
+        engine.bound.beside = True  # type: ignore[union-attr]  # as where a device computes and its host updates
     draw = torch.Generator().manual_seed(engine.data_rank)
     norms = [engine.step(torch.randn(6, 130, generator=draw, dtype=torch.float64)).grad_norm for _ in range(4)]
     bound = engine.bound
@@ -93,6 +97,37 @@ def test_two_passes_draw_the_same_and_leave_buffers_alone(plan: str, tmp_path: P
     assert found[0] == pytest.approx(expected[0], rel=1e-9)
     for name, value in expected[1].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "zero1 offload=optimizer:nvme={dir}",
+        "zero2",
+        "ddp optimizer_state=bf16",
+        "fsdp microbatches=2",
+        "fsdp offload=params:nvme={dir}",
+    ],
+)
+def test_an_update_beside_the_backward_gives_the_same(plan: str, tmp_path: Path) -> None:
+    """The host's thread, on a machine whose device is the host: the same order of work, without streams."""
+    text = plan.format(dir=tmp_path) + " update=backward clip=two_pass"
+    expected, found = ranks.run(2, wide, text)[0], ranks.run(2, wide, text, True)[0]
+    assert found[0] == expected[0]
+    for name, value in expected[1].items():
+        assert torch.equal(found[1][name], value)
+
+
+def test_what_goes_wrong_beside_the_backward_stops_the_step() -> None:
+    engine = mw.parallelize(
+        torch.nn.Linear(4, 4), "update=backward", optimizer=torch.optim.AdamW, loss_fn=lambda output, batch: output.square().mean()
+    )
+    assert isinstance(engine.bound, StoredOptimizer)
+    engine.bound.beside = True
+    engine.step(torch.ones(2, 4))
+    engine.optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.step(torch.ones(2, 4))
 
 
 def test_delayed_clipping_uses_the_norm_of_the_step_before() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from torch.nn import functional as F
 
 import meshwright as mw
 import ranks
+from meshwright.cli.train import check
 from meshwright.errors import PlanError
+from meshwright.models.decoder import Decoder, gpt
+from meshwright.train.config import Config, ModelTable, PlanTable
 from parity import assert_same_as_single_device
 
 MODES = ["full", "selective", "budget=1M"]
@@ -133,6 +137,27 @@ def test_without_blocks_a_sentence_says_so() -> None:
 def test_a_budget_below_the_minimum_says_the_minimum() -> None:
     with pytest.raises(PlanError, match=r"at least (\d+) bytes"):
         trained("drop", "recompute=budget=10K")
+
+
+def test_a_budget_that_no_row_fits_in_is_refused_before_anything_starts() -> None:
+    """With a batch to read the model on; the minimum that is said will do."""
+    config = gpt(layers=2, hidden=32, heads=2, vocab=64, sequence=16)
+    row = torch.zeros(1, 16, dtype=torch.int64)
+
+    def start(budget: int) -> mw.Engine:
+        optimizer, loss = lambda p: torch.optim.SGD(p, lr=0.1), mw.losses.cross_entropy
+        return mw.parallelize(
+            Decoder(config), f"recompute=budget={budget}", optimizer=optimizer, loss_fn=loss, example_batch=(row, row)
+        )
+
+    with pytest.raises(PlanError, match=r"at least (\d+) bytes") as error:
+        start(1000)
+    least = re.search(r"at least (\d+)", str(error.value))
+    assert least is not None
+    assert start(int(int(least[1]) * 1.03)).step((row, row)).loss > 0
+    settings = Config(model=ModelTable("gpt:layers=2,hidden=32,heads=2,vocab=256"), plan=PlanTable("recompute=budget=1K"))
+    with pytest.raises(PlanError, match="at least"):
+        check(settings, 1)
 
 
 @pytest.mark.slow

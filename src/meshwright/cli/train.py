@@ -74,8 +74,10 @@ def check(config: Any, ranks: int) -> None:
     """Raise in one sentence for whatever a run of `config` on `ranks` ranks would stumble over."""
     from meshwright.blueprint.spec import parse_spec
     from meshwright.parallel.apply import refuse_unavailable
+    from meshwright.plan.recompute import budget_bytes, check_budget
     from meshwright.train.data import VOCABULARY, find_files
     from meshwright.train.loop import make_optimizer
+    from meshwright.train.predicted import blueprint
 
     plan = Plan.parse(config.plan.text, ranks)
     refuse_unavailable(plan)
@@ -92,6 +94,8 @@ def check(config: Any, ranks: int) -> None:
         raise ConfigError(f"model {spec.text!r} has vocab={spec.config.vocab}, but tokens are bytes: use vocab={VOCABULARY}")
     if plan.tp > 1 or plan.cp > 1 or plan.pp > 1:
         layout(spec.text, plan, config.data.sequence_length, 2)
+    if budget_bytes(plan.recompute) is not None:
+        check_budget(blueprint(config, plan.precision), plan, batch // share)
     make_optimizer(config.optimizer)
     find_files(config.data.source)
 

@@ -16,6 +16,8 @@ those before have been updated. `stop` then raises and asks for the last checkpo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +25,7 @@ import torch.distributed as dist
 
 from meshwright.engine import norm
 from meshwright.engine.metrics import Metrics
-from meshwright.errors import ConfigError, DataError, PlanError, TrainingError
+from meshwright.errors import ConfigError, DataError, MeshwrightError, PlanError, TrainingError
 from meshwright.parallel import fsdp
 from meshwright.parallel.apply import average_batch_norms
 from meshwright.parallel.parameters import Parameter
@@ -85,6 +87,11 @@ class InBackward:
                 "gradients came first are updated: resume from the last checkpoint with a lower learning rate, or use clip=two_pass"
             )
         return self._finish(loss, found, skipped=self._stopped)
+
+    def abandon(self) -> None:
+        """After an exception in mid-step: have nothing under way."""
+        with suppress(MeshwrightError):
+            self._optimizer.settle()
 
     def _not_finite(self, parts: list[Any], counts: list[int], found: float) -> Metrics:
         """Nothing has been updated: stop, or leave the step out."""
@@ -148,6 +155,7 @@ class InBackward:
             engine._micro_step(part, int(count), last)
             if self.units is not None:
                 self.units.flush()
+        self._optimizer.settle()
         sums = engine._sums * engine.ranks.speaks
         flags = torch.tensor([float(entry.used) for entry in engine._applied.sharded], dtype=torch.float64, device=sums.device)
         mine = torch.cat([sums, self._square[None], flags])
@@ -162,19 +170,22 @@ class InBackward:
             entry.used = used[id(entry)]
         return loss / self._items, math.sqrt(square) if not math.isnan(square) else math.nan
 
-    def _ready(self, entries: list[Parameter]) -> None:
-        """Use up the gradients of entries that are whole; every rank reports the same entries in the same order."""
+    def _ready(self, entries: list[Parameter]) -> Callable[[], None] | None:
+        """Use up the gradients of entries that are whole; every rank reports the same entries in the same order.
+
+        Returns None once their weights are new, else what waits for that.
+        """
         ranks = self._engine.ranks
         sum_parts(entries, ranks)
         if self._measuring:
             self._square += norm.square_sum(entries, ranks)
-            return
+            return None
         share = self._agree_on_use(entries)
         self._square += share
         if self._stopped:
-            return
+            return None
         norm.scale(entries, self._coefficient)
-        self._optimizer.update(entries)
+        return self._optimizer.start(entries)
 
     def _agree_on_use(self, entries: list[Parameter]) -> torch.Tensor:
         """Drop gradients that no rank made, and stop all ranks at the first that is not finite; return this rank's squares."""

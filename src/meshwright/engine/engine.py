@@ -456,6 +456,8 @@ class Engine:
 
     def _abandon(self) -> None:
         """After an exception in mid-step: drop what it left, so that the weights stand as before the step."""
+        if self.in_backward is not None:
+            self.in_backward.abandon()
         if self._applied.root is not None:
             _torch.fsdp_reset(self._applied.root)  # type: ignore[arg-type]
         if self._applied.parked is not None:

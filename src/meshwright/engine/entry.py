@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from meshwright.blueprint.inspection import inspect
 from meshwright.engine.backward import check_clip
 from meshwright.engine.batch import rows
 from meshwright.engine.engine import Engine, Settings
 from meshwright.engine.optimizer import OptimizerFactory
 from meshwright.errors import ConfigError, ModelError
-from meshwright.parallel.apply import refuse_unavailable
+from meshwright.parallel.apply import COMPUTE_DTYPES, refuse_unavailable
 from meshwright.parallel.auto import choose_here, is_auto
 from meshwright.parallel.ranks import connect
 from meshwright.parallel.weights import Weights
 from meshwright.plan import Plan
+from meshwright.plan.recompute import budget_bytes, check_budget
 
 
 def parallelize(
@@ -73,6 +75,7 @@ def parallelize(
     if isinstance(plan, str) and is_auto(plan):
         parsed = choose_here(model, plan, example_batch, forward_fn, loss_fn)
     parsed = parsed.resolve(dist.get_world_size() if dist.is_initialized() else 1)
+    _check_budget(model, parsed, example_batch, forward_fn, loss_fn)
     settings = Settings(
         loss_fn=loss_fn,
         count_fn=count_fn or getattr(loss_fn, "count", None) or rows,
@@ -84,6 +87,13 @@ def parallelize(
         weights=None if weights is None else Weights(Path(weights)),
     )
     return Engine(model, parsed, optimizer, settings, example_batch, device)
+
+
+def _check_budget(model: Any, plan: Plan, example_batch: Any, forward_fn: Any, loss_fn: Any) -> None:
+    """Raise `PlanError` for a `recompute=budget` that a micro-batch of one row can't be kept in."""
+    if budget_bytes(plan.recompute) is not None and example_batch is not None:
+        low = COMPUTE_DTYPES[plan.precision]
+        check_budget(inspect(model, example_batch, forward_fn=forward_fn, loss_fn=loss_fn, dtype=low, strict=False), plan, 1)
 
 
 def _check_model(model: object) -> None:

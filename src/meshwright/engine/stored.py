@@ -16,7 +16,8 @@ rates and hooks are the user's. Everything else (checkpoints, exports) reads a s
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from meshwright.engine.optimizer import ELEMENTWISE, BoundOptimizer, OptimizerFactory
 from meshwright.errors import ConfigError
+from meshwright.parallel.copies import Copies
 from meshwright.parallel.forms import Form, remainder, stochastic_bf16
 from meshwright.parallel.materialise import derive_seed
 from meshwright.parallel.parameters import Parameter, Stored
@@ -50,12 +52,12 @@ class _Field:
 
 @dataclass(eq=False)
 class _Piece:
-    """Elements `start` to `start + count` of an entry's master; `offsets` are those of its fields in the slice's item."""
+    """Elements `start` to `start + count` of an entry's master; `places` are those of its fields in the slice's item."""
 
     entry: Parameter
     start: int
     count: int
-    offsets: dict[str, int] = field(default_factory=dict)
+    places: dict[str, slice] = field(default_factory=dict)
 
     @property
     def last(self) -> bool:
@@ -69,9 +71,23 @@ class _Slice:
     count: int = 0
 
 
+@dataclass(eq=False)
+class _Job:
+    """An update of some pieces of a slice. Once `begun`, their gradients (and weights, by piece) are `there`, or on their way."""
+
+    slice: _Slice
+    pieces: list[_Piece]
+    gradients: list[Tensor]
+    there: list[Tensor] = field(default_factory=list)
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    begun: tuple[Any, ...] = ()
+
+
 class StoredOptimizer(BoundOptimizer):
     """A torch optimizer whose states (and what else the plan says) lie on a shelf. See this file's first lines.
 
+    `beside`: the host updates in a thread of its own while the device computes, where states lie on the host of another device.
+    (Not with `offload=params`: the units that an update needs come and go with the backward.)
     `torch.state` has only what is no tensor of a parameter's shape (step counts); `state_dict()` of the torch optimizer puts the
     states of this rank in, `load_state_dict()` takes them out again.
     """
@@ -101,7 +117,11 @@ class StoredOptimizer(BoundOptimizer):
             id(parameter): index for index, group in enumerate(self.torch.param_groups) for parameter in group["params"]
         }
         self._groups = kept
-        self._slices = _cut(kept, slice_elements(sum(entry.master.numel() for group in kept for entry in group)))
+        away = any(item.what == "optimizer" for item in active(plan, ranks.device))
+        self._rounds = plan.optimizer_state != "fp32" or plan.master == "stochastic"
+        total = sum(entry.master.numel() for group in kept for entry in group)
+        # What is updated where and as it lies needs no room beside it.
+        self._slices = _cut(kept, slice_elements(total) if away or self._rounds or plan.master != "fp32" else max(1, total))
         self._slices_of: dict[int, list[_Slice]] = {}
         for one in self._slices:
             for piece in one.pieces:
@@ -110,6 +130,10 @@ class StoredOptimizer(BoundOptimizer):
         self._weights = {id(entry): self._way(entry, where) for group in kept for entry in group}
         self._fields = self._all_fields()
         self.shelf = Shelf([self._lay_out(one) for one in self._slices], where)
+        self._copies = Copies(ranks.device)
+        self.beside = parked is None and any(place.device != ranks.device for place in where)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="meshwright-update")
+        self._under_way: Future[None] | None = None
         self._started: set[int] = set()
         self._store_weights()
         self._absorb()
@@ -156,19 +180,20 @@ class StoredOptimizer(BoundOptimizer):
         end = 0
         for piece in one.pieces:
             for each in self._fields[id(piece.entry)]:
-                piece.offsets[each.key] = end
-                end += -(-each.form.nbytes(piece.count, each.dtype) // 64) * 64
+                nbytes = each.form.nbytes(piece.count, each.dtype)
+                piece.places[each.key] = slice(end, end + nbytes)
+                end += -(-nbytes // 64) * 64
         return end
 
     def _store_weights(self) -> None:
         """Move the masters that are to be stored into their items, and begin Kahan's sums at zero."""
         for one in self._slices:
-            if not any(_WEIGHT in piece.offsets for piece in one.pieces):
+            if not any(_WEIGHT in piece.places for piece in one.pieces):
                 continue
             memory = self.shelf.take(one.number, fresh=True, learn=False).zero_()
             for piece in one.pieces:
                 if self._weights[id(piece.entry)] == "stored":
-                    self._memory(memory, piece, _WEIGHT).view(self._dtype(piece.entry)).copy_(_stretch(piece.entry.master, piece))
+                    memory[piece.places[_WEIGHT]].view(self._dtype(piece.entry)).copy_(_stretch(piece.entry.master, piece))
             self.shelf.give(one.number)
         for entry in self.entries:
             if self._weights[id(entry)] == "as is":
@@ -191,39 +216,91 @@ class StoredOptimizer(BoundOptimizer):
         """Update every entry that has a `gradient`."""
         self.update(self.entries)
 
-    @torch.no_grad()
     def update(self, entries: Iterable[Parameter]) -> None:
         """Update those of `entries` that have a `gradient`: each of them whole, in one call a step."""
-        wanted = {id(entry) for entry in entries if entry.gradient is not None and id(entry) in self._slices_of}
+        self.settle()
+        self._work(self._jobs(entries), self._copies.now())
+        self._copies.land()
+
+    def start(self, entries: Iterable[Parameter]) -> Callable[[], None] | None:
+        """Begin to `update` entries, after what was started before; return None once it is done, else what waits for that.
+
+        Then the host updates while the caller and its device go on, who may let go of the gradients.
+        """
+        if not self.beside:
+            self.update(entries)
+            return None
+        self.settle()
+        self._under_way = self._thread.submit(self._work, self._jobs(entries), self._copies.now())
+        return self.settle
+
+    def settle(self) -> None:
+        """Wait for what was started. Raises what went wrong there."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+            self._copies.land()
+
+    def _jobs(self, entries: Iterable[Parameter]) -> list[list[_Job]]:
+        """The slices to update and their gradients, by group."""
+        gradients = {id(e): e.gradient.detach() for e in entries if e.gradient is not None and id(e) in self._slices_of}
+        found = []
         for group in self._groups:
-            chosen = {one.number: one for entry in group if id(entry) in wanted for one in self._slices_of[id(entry)]}
-            if chosen:
-                with self._awake(group):
-                    for one in chosen.values():
-                        self._update_slice(one, wanted)
-        self._started |= wanted
+            chosen = {one.number: one for entry in group if id(entry) in gradients for one in self._slices_of[id(entry)]}
+            jobs = []
+            for one in chosen.values():
+                pieces = [piece for piece in one.pieces if id(piece.entry) in gradients]
+                jobs.append(_Job(one, pieces, [gradients[id(piece.entry)] for piece in pieces]))
+            if jobs:
+                found.append(jobs)
+        return found
+
+    @torch.no_grad()
+    def _work(self, groups: Sequence[Sequence[_Job]], moment: Any) -> None:
+        """Update slices; what the next one needs of the device comes while one is updated, and what the last one gave goes back."""
+        with self._copies.after(moment):
+            for jobs in groups:
+                with self._awake([piece.entry for job in jobs for piece in job.pieces]):
+                    for job, following in zip(jobs, [*jobs[1:], None], strict=True):
+                        self._bring(job)
+                        if following is not None and self.shelf.place(following.slice.number).device != self._device:
+                            self._bring(following)
+                        self._update_slice(job)
+                self._started |= {id(piece.entry) for job in jobs for piece in job.pieces}
 
     def _awake(self, entries: Iterable[Parameter], changed: bool = True) -> AbstractContextManager[None]:
         """Have the weights of `entries` in memory inside."""
         return nullcontext() if self._parked is None else self._parked.awake(entries, changed)
 
-    def _update_slice(self, one: _Slice, wanted: set[int]) -> None:
-        memory = self.shelf.take(one.number)
-        device = memory.device
-        generator = torch.Generator(device).manual_seed(derive_seed(self._seed, self.now, one.number))
-        pieces = [piece for piece in one.pieces if id(piece.entry) in wanted]
+    def _bring(self, job: _Job) -> None:
+        """Begin to bring a slice's gradients, and the weights that its item does not have, to where it is updated."""
+        if job.begun:
+            return
+        device = self.shelf.place(job.slice.number).device
+        for piece, gradient in zip(job.pieces, job.gradients, strict=True):
+            entry, dtype = piece.entry, self._dtype(piece.entry)
+            job.there.append(self._copies.down(_stretch(gradient, piece), device, dtype))
+            if self._weights[id(entry)] != "stored":
+                job.weights[id(piece)] = self._copies.down(_stretch(entry.master, piece), device, dtype)
+        job.begun = (self._copies.begun(),)
+
+    def _update_slice(self, job: _Job) -> None:
+        memory = self.shelf.take(job.slice.number)
+        self._copies.arrived(*job.begun)
+        generator = torch.Generator(memory.device)
+        if self._rounds:
+            generator.manual_seed(derive_seed(self._seed, self.now, job.slice.number))
         parts = []
-        for piece in pieces:
-            parameter = nn.Parameter(self._read_weight(memory, piece, device))
-            gradient = piece.entry.gradient
-            assert gradient is not None
-            parameter.grad = _stretch(gradient, piece).to(device=device, dtype=parameter.dtype)
+        for piece, gradient in zip(job.pieces, job.there, strict=True):
+            parameter = nn.Parameter(self._read_weight(memory, piece, job.weights.pop(id(piece), None)))
+            parameter.grad = gradient
             parts.append((self._group_of[id(piece.entry.master)], parameter, self._read_states(memory, piece)))
         self._call(parts)
-        for piece, (_, parameter, state) in zip(pieces, parts, strict=True):
+        for piece, (_, parameter, state) in zip(job.pieces, parts, strict=True):
             self._write_states(memory, piece, state, generator)
             self._write_weight(memory, piece, parameter.detach(), generator)
-        self.shelf.give(one.number)
+        self.shelf.give(job.slice.number)
+        job.gradients, job.there = [], []
 
     def _call(self, parts: Sequence[tuple[int, nn.Parameter, dict[str, Any]]]) -> None:
         """Let the user's optimizer step on (group, parameter, its state) alone; the states are changed in place."""
@@ -251,46 +328,43 @@ class StoredOptimizer(BoundOptimizer):
 
     # The pieces of an item
 
-    def _memory(self, memory: Tensor, piece: _Piece, key: str) -> Tensor:
-        each = next(each for each in self._fields[id(piece.entry)] if each.key == key)
-        offset = piece.offsets[key]
-        return memory[offset : offset + each.form.nbytes(piece.count, each.dtype)]
-
-    def _read_weight(self, memory: Tensor, piece: _Piece, device: torch.device) -> Tensor:
+    def _read_weight(self, memory: Tensor, piece: _Piece, brought: Tensor | None) -> Tensor:
+        """A piece's weights [count] to be updated: `brought` from the device, or from the item."""
         way, entry = self._weights[id(piece.entry)], piece.entry
-        if way == "stored":
-            return self._memory(memory, piece, _WEIGHT).view(self._dtype(entry))
-        found = _stretch(entry.master, piece).to(device=device, dtype=self._dtype(entry))
+        if brought is None:
+            return memory[piece.places[_WEIGHT]].view(self._dtype(entry))
         if way == "kahan":
-            found += self._memory(memory, piece, _WEIGHT).view(torch.bfloat16)
-        return found
+            brought += memory[piece.places[_WEIGHT]].view(torch.bfloat16)
+        return brought
 
     def _write_weight(self, memory: Tensor, piece: _Piece, value: Tensor, generator: torch.Generator) -> None:
         """Bring what is kept of a weight, and the live weight, up to the updated `value` [count]."""
         way, entry = self._weights[id(piece.entry)], piece.entry
         if way == "stored":
-            mine = self._memory(memory, piece, _WEIGHT).view(value.dtype)
+            mine = memory[piece.places[_WEIGHT]].view(value.dtype)
             if mine.data_ptr() != value.data_ptr():
                 mine.copy_(value)
-            _stretch(entry.own_rows(entry.live), piece).copy_(value)
+            self._copies.up(_stretch(entry.own_rows(entry.live), piece), value)
             return
         kept = _stretch(entry.master, piece)
         if way == "kahan":
-            kept.copy_(value)
-            self._memory(memory, piece, _WEIGHT).view(torch.bfloat16).copy_(remainder(value, kept))
+            rounded = value.to(torch.bfloat16)
+            self._copies.up(kept, rounded)
+            memory[piece.places[_WEIGHT]].view(torch.bfloat16).copy_(remainder(value, rounded))
         elif way == "stochastic":
-            kept.copy_(stochastic_bf16(value.float(), generator))
+            self._copies.up(kept, stochastic_bf16(value.float(), generator))
         elif kept.data_ptr() != value.data_ptr():
-            kept.copy_(value)
+            self._copies.up(kept, value)
 
     def _read_states(self, memory: Tensor, piece: _Piece) -> dict[str, Any]:
         """Return a piece's states as the optimizer expects them: none before its first update."""
         if id(piece.entry) not in self._started:
             return {}
-        state = copy.deepcopy(dict(self.torch.state.get(piece.entry.master, {})))
+        kept = self.torch.state.get(piece.entry.master, {})
+        state = {key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in kept.items()}
         for each in self._fields[id(piece.entry)]:
             if each.key != _WEIGHT:
-                mine = self._memory(memory, piece, each.key)
+                mine = memory[piece.places[each.key]]
                 view = each.form.view(mine, each.dtype)
                 state[each.key] = each.form.decode(mine, piece.count, each.dtype) if view is None else view
         return state
@@ -300,7 +374,7 @@ class StoredOptimizer(BoundOptimizer):
             value = state.pop(each.key, None)
             if each.key == _WEIGHT or value is None:
                 continue
-            mine = self._memory(memory, piece, each.key)
+            mine = memory[piece.places[each.key]]
             if mine.data_ptr() != value.data_ptr():
                 each.form.encode(value, mine, generator)
         if piece.last:
@@ -356,7 +430,7 @@ class StoredOptimizer(BoundOptimizer):
         found = torch.empty(entry.master.shape, dtype=each.dtype, device=self._device)
         for one, piece in self._pieces(entry):
             memory = self.shelf.take(one.number, learn=False)
-            _stretch(found, piece).copy_(each.form.decode(self._memory(memory, piece, key), piece.count, each.dtype))
+            _stretch(found, piece).copy_(each.form.decode(memory[piece.places[key]], piece.count, each.dtype))
             self.shelf.give(one.number, changed=False)
         return found
 
@@ -367,7 +441,7 @@ class StoredOptimizer(BoundOptimizer):
             memory = self.shelf.take(one.number, learn=False)
             generator = torch.Generator(memory.device).manual_seed(self._seed)
             part = _stretch(value, piece).to(device=memory.device, dtype=each.dtype)
-            each.form.encode(part, self._memory(memory, piece, key), generator)
+            each.form.encode(part, memory[piece.places[key]], generator)
             self.shelf.give(one.number)
 
     @torch.no_grad()
@@ -386,7 +460,7 @@ class StoredOptimizer(BoundOptimizer):
             if self._weights[id(entry)] == "stored":
                 self._put(entry, _WEIGHT, value)
             elif self._weights[id(entry)] == "kahan":
-                self._put(entry, _WEIGHT, remainder(value, rows))
+                self._put(entry, _WEIGHT, remainder(value.to(rows.device), rows))
 
     def _absorb(self) -> None:
         """Take the states that torch's optimizer holds (made at once, or loaded into it) onto the shelf."""

@@ -6,12 +6,11 @@ position tables) and whatever is smaller than `SMALLEST` stay. Activations on th
 work and the one that travels. The fraction of `offload=activations:...@0.5` counts blocks: the first ones go, to disk before to the
 host; the last ones stay, whose turn in the backward comes first.
 
-On a GPU tensors travel on a stream of their own, through pinned buffers that are used again. Without one, `cpu` moves nothing.
+On a GPU tensors travel on a stream of their own, through pinned buffers that are used again.
 """
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -31,21 +30,18 @@ SMALLEST = 4096
 
 
 class Activations:
-    """Where the saved tensors of a module's blocks lie; `items` are the plan's, `SMALLEST` bytes and more travel."""
+    """Where the saved tensors of a module's blocks lie, `SMALLEST` bytes and more; `items` are those of the plan that move anything
+    from this device.
+    """
 
     def __init__(self, items: Sequence[Offload], device: torch.device) -> None:
         """Open what the items need. Raises `PlanError` for a directory that won't do."""
         self._device = device
-        on_gpu = device.type == "cuda"
-        if not on_gpu and any(item.directory is None for item in items):
-            warnings.warn("offload=activations:cpu moves nothing here: this rank computes in host memory already", stacklevel=2)
-        to_disk = [item for item in items if item.directory is not None]
-        to_host = [item for item in items if item.directory is None and on_gpu]
-        self._ends: list[tuple[float, _Home]] = []  # the first blocks go to the slowest
+        self._ends: list[tuple[float, _Home]] = []
         total = 0.0
-        for item in (*to_disk, *to_host):
+        for item in sorted(items, key=lambda item: item.directory is None):  # the first blocks go to the slowest
             total += item.fraction
-            home = _Gpu(device, item.directory) if on_gpu else _OnDisk(str(item.directory))
+            home = _Gpu(device, item.directory) if device.type == "cuda" else _OnDisk(str(item.directory))
             self._ends.append((total, home))
         self._order: dict[str, int] = {}
         self._known = False
@@ -372,6 +368,8 @@ class _Gpu(_Home):
 
     def _free(self, ticket: _GpuTicket) -> None:
         """Forget it: its room may be used again."""
+        if ticket.coming is not None:  # perhaps nobody took it: its memory must not be used again before the copy into it is over
+            torch.cuda.current_stream(self.device).wait_event(ticket.coming[1])
         if ticket.slot is not None:
             assert self.disk is not None
             if ticket.host is not None:

@@ -207,7 +207,7 @@ def _divide(
 def _recompute(plan: Plan, module: nn.Module, partition: Partition | None, ranks: Ranks) -> Recompute | None:
     """Send the calls of blocks through `recompute`: by the module where it runs as it is, else by the programs that run it."""
     names = block_names(module)
-    moved = [item for item in offloads(plan.offload) if item.what == "activations"]
+    moved = [item for item in active(plan, ranks.device) if item.what == "activations"]
     asked = [f"recompute={plan.recompute}"] * (plan.recompute != "none") + [f"offload={plan.offload}"] * bool(moved)
     if not asked or not has_blocks(names, " ".join(asked), type(module).__name__):
         return None

@@ -32,11 +32,8 @@ from meshwright import _torch
 from meshwright.errors import ModelError
 from meshwright.parallel.parameters import Parameter, shard_rows
 from meshwright.parallel.ranks import Ranks
+from meshwright.plan.memory import LARGEST_BUCKET, bucket_bytes
 
-_LARGEST_BYTES = 25 * 2**20  # torch DDP's default: large enough for bandwidth, small enough to overlap
-# Under zero=2 (and where buckets are used up at once) a full bucket is what a rank holds beyond its promise: it is to stay small.
-_ZERO2_BUCKETS = 16
-_ZERO2_SMALLEST_BYTES = 2**20
 _DIGIT = 4096
 
 
@@ -96,8 +93,10 @@ class Buckets:
         self.buckets = self._cut([entry for entry in reversed(entries) if entry.trainable and entry.shape.numel()])
         self._carrier = max(self.buckets, key=lambda bucket: bucket.dtype.itemsize)  # of the sums that `begin` takes
         self._carrier.tail += 3
-        # With `update=backward`: what updates a bucket's entries as soon as their reduced gradients are there.
-        self.ready: Callable[[list[Parameter]], None] | None = None
+        # With `update=backward`: what updates a bucket's entries as soon as their reduced gradients are there, and returns None or
+        # what waits until they are.
+        self.ready: Callable[[list[Parameter]], Callable[[], None] | None] | None = None
+        self._updating: tuple[_Bucket, Callable[[], None]] | None = None
         self._flying: tuple[_Bucket, Tensor, dist.Work] | None = None
         self.reduced = False  # whether this step's gradients have been summed over the ranks
         self._open = False  # whether the backward that runs is one of ours
@@ -138,9 +137,7 @@ class Buckets:
 
     def _cut(self, entries: list[Parameter]) -> list[_Bucket]:
         total = sum(entry.shape.numel() * entry.master.element_size() for entry in entries)
-        limit = _LARGEST_BYTES
-        if self._small:
-            limit = min(limit, max(_ZERO2_SMALLEST_BYTES, total // _ZERO2_BUCKETS))
+        limit = bucket_bytes(total) if self._small else LARGEST_BUCKET
         buckets: list[_Bucket] = []
         for entry in entries:
             dtype = torch.promote_types(entry.dtype, torch.float32)
@@ -317,13 +314,23 @@ class Buckets:
         row = self._row(bucket).split([*bucket.counts, bucket.tail])
         self._give(bucket, row[:-1], row[-1].tolist())
         del row
-        self.ready(bucket.entries)
+        self._updated()
+        wait = self.ready(bucket.entries)
         for entry in bucket.entries:
             entry.gradient = entry.summed = None
         self._free(bucket)
-        self._land()
-        with torch.no_grad():
-            self._flying = self._publish(bucket)
+        self._updating = bucket, wait or (lambda: None)
+        if wait is None:
+            self._updated()
+
+    def _updated(self) -> None:
+        """Wait for the bucket whose entries are being updated, and start gathering their new rows."""
+        if self._updating is not None:
+            (bucket, wait), self._updating = self._updating, None
+            wait()
+            self._land()
+            with torch.no_grad():
+                self._flying = self._publish(bucket)
 
     def _land(self) -> None:
         if self._flying is not None:
@@ -341,6 +348,7 @@ class Buckets:
             self._launch(self.buckets[self._next])
         for bucket in self.buckets:
             self._harvest(bucket)
+        self._updated()
         self._land()
         self.reduced = self._last
         if self._last and self.ready is None and self.shard_group is not None and self.sum_group is not None:
@@ -441,7 +449,7 @@ class Buckets:
     def clear(self) -> None:
         """Free the buckets; the entries' gradients are views of them, for the caller to let go of."""
         self.reduced = self._open = False
-        self._flying = None
+        self._flying = self._updating = None
         for bucket in self.buckets:
             self._free(bucket)
 

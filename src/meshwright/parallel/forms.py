@@ -4,13 +4,14 @@
 |------|-----------------|---------------------------------------------------------------------------------|
 | fp32 | its own         | x (whatever dtype it has)                                                       |
 | bf16 | 2               | one of the two bfloat16 around x: relative error under 2^-7                     |
-| int8 | 1 + 4 / 256     | one of the two codes around x: relative error under 2^(16/126) - 1 = 9.2%       |
+| int8 | 1 + 4 / 256     | one of the two codes around x: relative error under 1/8                        |
 
-int8 keeps, for each block of 256 values, the largest magnitude A in float32 and a code of one byte for each value, whose magnitudes
-are spaced evenly on a logarithmic scale: a block without negative values has 255 of them from A down to A * 2^-32 (a second moment
-has its square root to 4.5%, over a range of 65536), any other block 127 of either sign down to A * 2^-16. Zero is itself. Values
-below the range: in a block without negative ones they become its lowest code (so a denominator never vanishes), else zero or the
-lowest code. A linear scale would lose everything below A / 127, and Adam divides by it.
+int8 keeps, for each block of 256 values, the largest magnitude A in float32, and for each value the byte of a small float in
+units of A: three bits of mantissa, and above them an exponent that ends at A. A block without negative values has no sign and
+255 codes from A down to 1.25 * 2^-32 A (a second moment has its square root to 6%, over a range of 60,000), any other block 127
+of either sign down to 1.25 * 2^-16 A. Zero is itself. Values below the range: in a block without negative ones they become its
+lowest code (so a denominator never vanishes), else zero or the lowest code. A linear scale would lose everything below A / 127,
+and Adam divides by it.
 
 The choice between the two neighbours is random with the odds that make the mean right: an average that moves by a thousandth
 a step moves in the mean; rounded to the nearest it would stand still, in bfloat16 too. (Dettmers et al., 8-bit Optimizers via
@@ -26,8 +27,14 @@ from torch import Tensor
 
 BLOCK = 256
 """Values that share one scale."""
-_SIGNED, _SIGNED_OCTAVES = 127, 16.0
-_POSITIVE, _POSITIVE_OCTAVES = 255, 32.0
+_CHUNK = 1 << 18
+"""Values that are coded at a time on a CPU: what a dozen operations work on stays in its cache."""
+_CUT = 20
+"""Bits of a float32's mantissa that a code does without."""
+_ONE = 127 << 3
+"""The exponent and the kept mantissa of 1.0."""
+_LOWEST = 1.25 * 2.0**-16
+"""What the lowest code of a block with negative values stands for, in units of A."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +59,27 @@ class Form:
             return memory.view(dtype).clone()
         if self.name == "bf16":
             return memory.view(torch.bfloat16).to(dtype)
-        return _decode_int8(memory, count).to(dtype)
+        values, levels = torch.empty(count, dtype=dtype, device=memory.device), _levels(memory.device)
+        for part in _chunks(count, memory.device):
+            _decode_int8(*_parts(memory, count, part), levels, values[part])
+        return values
 
     def encode(self, values: Tensor, memory: Tensor, generator: torch.Generator) -> None:
         """Store `values` [count] into `memory`; `generator` (of their device) decides the rounding."""
         if self.name == "fp32":
             memory.view(values.dtype).copy_(values)
         elif self.name == "bf16":
-            memory.view(torch.bfloat16).copy_(stochastic_bf16(values.float(), generator))
+            for part in _chunks(len(values), values.device):
+                memory.view(torch.bfloat16)[part] = stochastic_bf16(values[part].float(), generator)
         else:
-            _encode_int8(values.float(), memory, generator)
+            for part in _chunks(len(values), values.device):
+                _encode_int8(values[part].float(), *_parts(memory, len(values), part), generator)
 
 
 def stochastic_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
     """Return float32 `values` as bfloat16, rounded up or down at random so that the mean is right."""
     bits = values.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    noise = _noise(bits.numel(), bits.device, generator).view(bits.shape)
     # Infinities and NaN have all exponent bits set: the carry can't leave them.
     return noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
@@ -81,49 +93,62 @@ def remainder(values: Tensor, rounded: Tensor) -> Tensor:
     return left.view(torch.int32).bitwise_and(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
-def _parts(memory: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The blocks' largest magnitudes [blocks] (negative for a block that has no negative value) and the codes [count]."""
-    blocks = -(-count // BLOCK)
-    return memory[: 4 * blocks].view(torch.float32), memory[4 * blocks :]
+def _top(positive: Tensor) -> Tensor:
+    """The code of A, which masks the bits of a magnitude too, by block (int32)."""
+    return torch.where(positive, 255, 127).to(torch.int32)
 
 
-def _scale(positive: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest code and the octaves between neighbours, by block."""
-    top = torch.where(positive, float(_POSITIVE), float(_SIGNED))
-    return top, torch.where(positive, _POSITIVE_OCTAVES / (_POSITIVE - 1), _SIGNED_OCTAVES / (_SIGNED - 1))
+def _noise(count: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Return random numbers [count] from 0 to 2^16 - 1 (int32), four for each draw of 64 bits."""
+    drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    return drawn.view(torch.int16)[:count].to(torch.int32).bitwise_and_(0xFFFF)
+
+
+def _chunks(count: int, device: torch.device) -> list[slice]:
+    size = _CHUNK if device.type == "cpu" else max(1, count)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _parts(memory: Tensor, count: int, part: slice) -> tuple[Tensor, Tensor]:
+    """Of some of `count` values: the blocks' largest magnitudes (negative for a block that has no negative value), the codes."""
+    scales = 4 * -(-count // BLOCK)
+    blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
+    return memory[:scales].view(torch.float32)[blocks], memory[scales:][part]
 
 
 def _blocks(values: Tensor) -> Tensor:
-    return torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+    missing = -len(values) % BLOCK
+    return (torch.nn.functional.pad(values, (0, missing)) if missing else values).view(-1, BLOCK)
 
 
-def _decode_int8(memory: Tensor, count: int) -> Tensor:
-    largest, codes = _parts(memory, count)
-    positive = largest.signbit()[:, None]
-    top, step = _scale(positive)
-    padded = _blocks(codes)
-    negative = ~positive & (padded > _SIGNED)
-    level = torch.where(negative, padded - (_SIGNED + 1), padded).float()
-    values = level.sub(top).mul_(step).exp2_().mul_(largest.abs()[:, None])
-    return values.masked_fill_(level == 0, 0.0).mul_(1.0 - 2.0 * negative).view(-1)[:count]
+def _levels(device: torch.device) -> Tensor:
+    """What each code stands for in units of A: [512], first with signs, then of blocks without negative values."""
+    code = torch.arange(256, dtype=torch.int32, device=device).repeat(2, 1)
+    top = _top(torch.tensor([[False], [True]], device=device))
+    level = code & top
+    size = ((level - top + _ONE) << _CUT).view(torch.float32)
+    return torch.where(level == 0, 0.0, torch.where(code > top, -size, size)).view(-1)
 
 
-def _encode_int8(values: Tensor, memory: Tensor, generator: torch.Generator) -> None:
-    largest, codes = _parts(memory, len(values))
+def _decode_int8(largest: Tensor, codes: Tensor, levels: Tensor, values: Tensor) -> None:
+    largest = largest[:, None]
+    places = _blocks(codes).to(torch.int32).add_(largest.signbit().to(torch.int32), alpha=256)
+    found = levels.index_select(0, places.view(-1)).view(places.shape).mul_(largest.abs())
+    values.copy_(found.view(-1)[: len(values)])
+
+
+def _encode_int8(values: Tensor, largest: Tensor, codes: Tensor, generator: torch.Generator) -> None:
     padded = _blocks(values)
-    positive = padded.amin(1, keepdim=True) >= 0
-    magnitude = padded.abs()
-    highest = magnitude.amax(1, keepdim=True)
-    largest.copy_(torch.where(positive, -highest, highest).view(-1))
-    top, step = _scale(positive)
-    magnitude /= highest.clamp_min(torch.finfo(torch.float32).tiny)
-    place = (magnitude.log2() / step).add_(top).clamp_max_(top)
-    below = place.floor().clamp_min_(0)
-    lower = below.sub(top).mul_(step).exp2_().masked_fill_(below == 0, 0.0)
-    upper = (below + 1).sub_(top).mul_(step).exp2_()
-    odds = magnitude.sub(lower).div_(upper - lower)
-    odds.masked_fill_(positive & (below == 0) & (magnitude > 0), 1.0)
-    chosen = below + (torch.rand(odds.shape, device=odds.device, generator=generator) < odds)
-    chosen = torch.minimum(chosen, top)
-    chosen += (_SIGNED + 1.0) * (padded < 0) * (chosen > 0)
-    codes.copy_(chosen.view(-1)[: len(values)].to(torch.uint8))
+    low, high = padded.amin(1, keepdim=True), padded.amax(1, keepdim=True)
+    positive = low >= 0
+    scale = torch.maximum(high, -low)
+    largest.copy_(torch.where(positive, -scale, scale).view(-1))
+    top = _top(positive)
+    share = padded.abs().div_(scale.clamp_min(torch.finfo(torch.float32).tiny))
+    noise = _noise(share.numel(), share.device, generator).view(share.shape)
+    lowest = torch.where(positive, 0.0, _LOWEST)
+    kept = noise.to(torch.float32).mul_(lowest * 2.0**-16) < share  # below the range: the lowest code, with the odds of the mean
+    half = 1 << (_CUT - 17)  # so that a code's own value, recomputed, stays it
+    level = share.view(torch.int32).add_(noise, alpha=2 * half).add_(((top - _ONE) << _CUT) + half).bitwise_right_shift_(_CUT)
+    level = torch.maximum(level, kept.to(torch.int32)).add_(padded < 0, alpha=128)
+    codes.copy_(level.view(-1)[: len(codes)])

@@ -135,7 +135,7 @@ class Reduced:
     the first while it computes the second.
     """
 
-    def __init__(self, root: Root, taken: list[Parameter], ready: Callable[[list[Parameter]], None]) -> None:
+    def __init__(self, root: Root, taken: list[Parameter], ready: Callable[[list[Parameter]], object]) -> None:
         """Call `ready` with each unit's trainable entries, once for each backward that follows `begin(last=True)`."""
         self._ready, self._last = ready, False
         self._units: list[tuple[Any, list[Parameter]]] = []

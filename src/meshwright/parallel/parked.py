@@ -1,9 +1,9 @@
 """`offload=params`: FSDP2's shards lie in host memory or on disk, and come to the device one unit at a time.
 
 A unit's shards have memory only while it is gathered (before its forward and its backward) and while it is updated; the units that
-follow are read ahead by the shelf. Under `update=backward` a unit that came for its backward stays until its update, so that a step
-reads every parameter twice and writes it once. Only zero=3 has such units; a run of a single rank gets them from an
-FSDP2 mesh of one.
+follow are read ahead by the shelf, and the next one travels to a GPU while this one computes. Under `update=backward` a unit that
+came for its backward stays until its update, so that a step reads every parameter twice and writes it once. Only zero=3 has such
+units; a run of a single rank gets them from an FSDP2 mesh of one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from meshwright import _torch
 from meshwright.parallel import fsdp
+from meshwright.parallel.copies import Copies
 from meshwright.parallel.fsdp import Root
 from meshwright.parallel.parameters import Parameter, Stored
 from meshwright.parallel.ranks import Ranks
-from meshwright.parallel.shelf import Place, Shelf, places
+from meshwright.parallel.shelf import Order, Place, Shelf, places
 from meshwright.plan.plan import Offload
 
 _MMAP_THRESHOLD = -3
@@ -29,13 +30,14 @@ _MMAP_THRESHOLD = -3
 
 
 class _Unit:
-    """The shards of what FSDP2 gathers together; `awake` while they have memory."""
+    """The shards of what FSDP2 gathers together; `awake` while they have memory, `coming` while that is being filled."""
 
     def __init__(self, number: int, group: Any, entries: list[Parameter]) -> None:
         self.number, self.group, self.entries = number, group, entries
         self.shards = [_torch.local_of(entry.live) for entry in entries]
         self.sizes = [shard.untyped_storage().nbytes() for shard in self.shards]  # with FSDP2's padding
         self.awake = True
+        self.coming: tuple[Any] | None = None
 
     def pairs(self, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each shard's storage as bytes, and its place in `memory`."""
@@ -70,8 +72,12 @@ class Parked:
         where = places(offload, "params", ranks.device, sizes)
         away = [number for number, place in enumerate(where) if place != Place(ranks.device)]
         self._numbers = {id(units[number][0]): item for item, number in enumerate(away)}
-        self.shelf = Shelf([sizes[number] for number in away], [where[number] for number in away])
+        self.shelf = Shelf([sizes[number] for number in away], [where[number] for number in away], travels=True)
+        self.ahead = ranks.device.type != "cpu"
+        self._copies, self._order = Copies(ranks.device), Order()
         self._units: dict[int, _Unit] = {}
+        self._numbered: dict[int, _Unit] = {}
+        self._next: _Unit | None = None
 
     def park(self, group: Any, entries: list[Parameter]) -> None:
         """Store the values of a unit that is to be parked, and let it sleep from now on whenever it is not needed."""
@@ -80,6 +86,7 @@ class Parked:
         unit = _Unit(self._numbers[id(group)], group, entries)
         for entry in entries:
             self._units[id(entry)] = unit
+            self._numbered[unit.number] = unit
             entry.stored = self._stored(entry)
         _torch.fsdp_around_gather(group, lambda: self._before(unit), lambda: self._after(unit))
         self._store(unit)
@@ -105,15 +112,33 @@ class Parked:
             unit.sleep()
 
     def _need(self, unit: _Unit, learn: bool = True) -> None:
-        if unit.awake:
-            return
+        """Have a unit awake, and begin to wake the one that follows."""
+        following = self._order.next(unit.number) if learn and self.ahead else None
+        if self._next is not None and self._next is not unit:
+            self._drop(self._next)  # another order than the last time
+        if not unit.awake:
+            self._begin(unit, learn)
+        self._arrived(unit)
+        self._next = None
+        if following is not None and not self._numbered[following].awake:
+            self._next = self._numbered[following]
+            self._begin(self._next, learn)
+
+    def _begin(self, unit: _Unit, learn: bool) -> None:
         memory = self.shelf.take(unit.number, learn=learn)
         unit.wake()
-        for flat, part in unit.pairs(memory):
-            flat.copy_(part, non_blocking=True)
-        if unit.shards[0].device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # the buffer is read into again
-        self.shelf.give(unit.number, changed=False)
+        unit.coming = (self._copies.fill(unit.pairs(memory)),)
+
+    def _arrived(self, unit: _Unit) -> None:
+        if unit.coming is not None:
+            self._copies.arrived(*unit.coming)  # the host waits: FSDP2 reads the shards on a stream of its own
+            unit.coming = None
+            self.shelf.give(unit.number, changed=False)
+
+    def _drop(self, unit: _Unit) -> None:
+        """Let a unit sleep, unchanged."""
+        self._arrived(unit)
+        unit.sleep()
 
     def _store(self, unit: _Unit) -> None:
         memory = self.shelf.take(unit.number, fresh=True, learn=False)
@@ -135,13 +160,14 @@ class Parked:
                 if changed:
                     self._store(unit)
                 else:
-                    unit.sleep()
+                    self._drop(unit)
 
     def release(self) -> None:
         """Let every unit sleep, unchanged."""
-        for unit in self._units.values():
+        for unit in self._numbered.values():
             if unit.awake:
-                unit.sleep()
+                self._drop(unit)
+        self._next = None
 
 
 def _return_freed_memory() -> None:

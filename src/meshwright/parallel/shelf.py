@@ -1,4 +1,4 @@
-"""Numbered items of bytes that lie in memory, in pinned host memory or on disk, and are used one at a time.
+"""Numbered items of bytes that lie in memory, in the host's memory or on disk, and are used one at a time.
 
 `take` gives an item's bytes as a tensor, `give` puts them back. An item on disk passes through one of a few reused buffers: while
 one is worked on, the next is read and the last is written. What is next is what followed the last time, so the first round is read
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meshwright import _torch
 from meshwright.errors import PlanError
 from meshwright.parallel.disk import Disk, Slot, Transfer, aligned, rounded
 from meshwright.plan import Plan
@@ -81,15 +82,33 @@ class _Buffer:
     used: int = 0
 
 
+class Order:
+    """What follows what: the last two of a sequence tell the next, for a forward and a backward go opposite ways."""
+
+    def __init__(self) -> None:
+        self._follows: dict[tuple[int, int], int] = {}
+        self._latest = (-1, -1)
+
+    def next(self, number: int) -> int | None:
+        """Take note of a number; return what came after it the last time."""
+        self._follows[self._latest] = number
+        self._latest = (self._latest[1], number)
+        return self._follows.get(self._latest)
+
+
 class Shelf:
     """The items. `moved` are the bytes that disks have read and written so far."""
 
-    def __init__(self, sizes: Sequence[int], where: Sequence[Place]) -> None:
-        """Claim room for items of `sizes` bytes. Raises `PlanError` for a directory that won't do (see `disk.py`)."""
+    def __init__(self, sizes: Sequence[int], where: Sequence[Place], travels: bool = False) -> None:
+        """Claim room for items of `sizes` bytes; `travels` says that they go to a GPU as they lie, from page-locked memory then.
+
+        Raises `PlanError` for a directory that won't do (see `disk.py`), or where the host can't lock so much.
+        """
         # Whole blocks go to the disk from where they are; any other length would be copied first.
         self._items = [
             _Item(size if place.directory is None else rounded(size), place) for size, place in zip(sizes, where, strict=True)
         ]
+        self._locked: list[Tensor] = []
         self._disks: dict[str, Disk] = {}
         on_disk: dict[str, int] = {}
         for item in self._items:
@@ -100,16 +119,29 @@ class Shelf:
         largest = 0
         for item in self._items:
             if item.place.directory is None:
-                pin = item.place.device.type == "cpu" and torch.cuda.is_available()
-                item.kept = torch.zeros(item.nbytes, dtype=torch.uint8, device=item.place.device, pin_memory=pin)
+                item.kept = torch.zeros(item.nbytes, dtype=torch.uint8, device=item.place.device)
+                if travels and item.place.device.type == "cpu" and item.nbytes:
+                    self._lock(item.kept)
             else:
                 item.slot = self._disks[item.place.directory].slot(item.nbytes)
                 largest = max(largest, item.nbytes)
         self._largest = largest
         self._buffers: list[_Buffer] = []
-        self._follows: dict[tuple[int, int], int] = {}  # the last two -> the next: a forward and a backward go opposite ways
-        self._latest = (-1, -1)
+        self._order = Order()
         self._uses = 0
+
+    def _lock(self, memory: Tensor) -> None:
+        """Lock an item's pages in memory as they are: torch's own page-locked memory comes in powers of two."""
+        if not _torch.lock_pages(memory):
+            raise PlanError(
+                f"offload=params: the host can't lock {memory.nbytes / 1e9:.2f} GB more for copies to the GPU: offload a smaller "
+                "fraction to cpu, or to nvme=DIR"
+            )
+        self._locked.append(memory)
+
+    def __del__(self) -> None:
+        for memory in getattr(self, "_locked", ()):
+            _torch.unlock_pages(memory)
 
     @property
     def moved(self) -> tuple[int, int]:
@@ -132,9 +164,7 @@ class Shelf:
             buffer.transfer.wait()
             buffer.transfer = None
         if learn:
-            self._follows[self._latest] = number
-            self._latest = (self._latest[1], number)
-            following = self._follows.get(self._latest)
+            following = self._order.next(number)
             if following is not None and self._find(following) is None and self._free() is not None:
                 self._begin(following, fresh=False)
         return buffer.memory[: item.nbytes]

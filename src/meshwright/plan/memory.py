@@ -26,9 +26,19 @@ What the plan keeps in another form or place replaces these terms (bytes per par
 | update=backward               | no gradient term (with micro-batches: until the last one's backward)                        |
 
 An offload to disk adds buffers that stay: 3 slices of the optimizer's bytes (a slice is `slice_elements` of this rank's
-parameters), and 3 times the shards of the largest unit. Transients on top: under `update=backward` the gradients of two buckets or
-units; with `offload=params` the shards of the units at work; while a slice is updated, its values in full precision where they are
-stored in less.
+parameters), and 3 times the shards of the largest unit.
+
+What comes on top for a moment, with U the bytes of the largest unit of zero=3 in the dtype that computes, N its ranks,
+G the bytes of its fp32 gradients, and B those of a gradient bucket (`bucket_bytes`):
+
+| while                               | there are also                                                                        |
+|-------------------------------------|---------------------------------------------------------------------------------------|
+| a slice is updated (`updating`)     | its states and weights in full precision where less is stored, its gradient where it  |
+|                                     | has 16 bits; with offload=params the unit's shards                                     |
+| gradients travel (`travelling`)     | zero=2: 2 B + B / N. update=backward: 2 B; with zero=1 the B that are gathered, with    |
+|                                     | zero=2 those and B / N                                                                 |
+|                                     | zero=3: 2 U gathered (at work, and the next), G and G / N; with offload=params the     |
+|                                     | shards of 4 units (the next one's, of that at work, reduced and updated)               |
 Source: Rajbhandari et al., ZeRO (arXiv:1910.02054), section 5; the paper's mixed-precision column keeps 16-bit gradients (2 Psi),
 here they are accumulated and reduced in fp32, as Megatron-Core does.
 """
@@ -42,7 +52,9 @@ from meshwright.plan.plan import Plan, offloads
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of model states on one rank, by what they are for; `host` and `disk` are what the plan keeps elsewhere."""
+    """Bytes of model states on one rank, by what they are for; `host` and `disk` are what the plan keeps elsewhere, `updating` and
+    `travelling` what comes on top for a moment.
+    """
 
     parameters: float
     gradients: float
@@ -50,6 +62,8 @@ class StateBytes:
     buffers: float = 0.0
     host: float = 0.0
     disk: float = 0.0
+    updating: float = 0.0
+    travelling: float = 0.0
 
     @property
     def between_steps(self) -> float:
@@ -60,6 +74,11 @@ class StateBytes:
     def peak(self) -> float:
         """Bytes after the backward and before the update."""
         return self.between_steps + self.gradients
+
+    @property
+    def highest(self) -> float:
+        """The most bytes in any moment of a step: while gradients travel (most of them are there), or while slices are updated."""
+        return self.peak + max(self.updating, self.travelling)
 
     def to_json(self) -> dict[str, float]:
         """Return the terms and their peak, in bytes."""
@@ -74,15 +93,18 @@ def state_bytes(
     optimizer_states: int = 2,
     largest_unit: int = 0,
     on_host: bool = False,
+    largest_parameter: int = 0,
 ) -> StateBytes:
     """Return the model-state bytes on each rank for a resolved plan (the tables in this module's docstring).
 
     `trainable` and `frozen` count parameters of `bytes_each` bytes in the model as given; `optimizer_states` is the number of
-    values that the optimizer keeps per parameter (2 for Adam), `largest_unit` the parameters of the largest FSDP2 unit. Frozen
-    parameters keep their dtype and have neither gradient, master nor optimizer state. A master copy counts as optimizer state.
+    values that the optimizer keeps per parameter (2 for Adam), `largest_unit` the parameters of the largest FSDP2 unit and
+    `largest_parameter` the elements of the largest tensor. Frozen parameters keep their dtype and have neither gradient, master nor
+    optimizer state. A master copy counts as optimizer state.
     `on_host`: the device is a CPU, so that what goes to `cpu` stays.
     """
-    shard = plan.shards
+    low = plan.precision != "fp32"
+    narrow, shard = low and plan.master != "fp32", plan.shards
     moved: dict[tuple[str, bool], float] = {}
     for item in offloads(plan.offload):
         if item.directory is not None or not on_host:
@@ -95,12 +117,14 @@ def state_bytes(
     states = (master + state * optimizer_states) * trainable / divided[2]
     here = {what: 1.0 - sum(fraction for (item, _), fraction in moved.items() if item == what) for what in ("params", "optimizer")}
     mine = trainable // divided[2]
+    parked = live * largest_unit / divided[0] if any(what == "params" for what, _ in moved) else 0.0
     buffers = 0.0
     if moved.get(("optimizer", True)):
         buffers += BUFFERS * min(mine, slice_elements(mine)) * (master + state * optimizer_states)
     if moved.get(("params", True)):
-        buffers += BUFFERS * live * largest_unit / divided[0]
+        buffers += BUFFERS * parked
     gone = plan.update == "backward" and plan.microbatches == 1
+    updated = 4 * (narrow + (narrow and units)) + (bytes_each * optimizer_states if plan.optimizer_state != "fp32" else 0)
     return StateBytes(
         parameters=weights * (here["params"] if units else 1.0),
         gradients=0.0 if gone else gradient * trainable / divided[1],
@@ -108,6 +132,8 @@ def state_bytes(
         buffers=buffers,
         host=_away(moved, weights, states, disk=False),
         disk=_away(moved, weights, states, disk=True),
+        updating=updated * min(mine, slice_elements(mine)) + parked,
+        travelling=_travelling(plan, trainable, largest_unit if units else 0, largest_parameter, live, low, parked),
     )
 
 
@@ -124,6 +150,18 @@ def widths(plan: Plan, bytes_each: int, units: bool) -> tuple[int, int, int, flo
     return live, 2 if narrow and units else bytes_each, master, state
 
 
+def _travelling(plan: Plan, trainable: int, unit: int, parameter: int, live: int, low: bool, parked: float) -> float:
+    """The last rows of the docstring's last table, at the worst moment of a backward."""
+    if unit:
+        return 2 * (2 if low else live) * unit + 4 * unit * (1 + 1 / plan.shards) + 4 * parked
+    if plan.zero != 2 and plan.update != "backward":
+        return 0.0
+    bucket = max(4 * parameter, bucket_bytes(4 * trainable))
+    sharded = plan.shards > 1
+    gathered = live / 4 if sharded and plan.zero and plan.update == "backward" else 0.0
+    return bucket * (2 + gathered + (1 / plan.shards if sharded and plan.zero == 2 else 0.0))
+
+
 def _away(moved: dict[tuple[str, bool], float], weights: float, states: float, disk: bool) -> float:
     return moved.get(("params", disk), 0.0) * weights + moved.get(("optimizer", disk), 0.0) * states
 
@@ -132,6 +170,15 @@ BUFFERS = 3
 """Buffers of a shelf's largest item on disk: one being read, one at work, one being written."""
 
 
+def bucket_bytes(total: int) -> int:
+    """The most bytes of a gradient bucket that is to stay small, of `total`: it is what a rank holds beyond its promise."""
+    return min(LARGEST_BUCKET, max(2**20, total // 16))
+
+
+LARGEST_BUCKET = 25 * 2**20
+"""torch DDP's default: large enough for bandwidth, small enough to overlap."""
+
+
 def slice_elements(trainable: int) -> int:
-    """Elements of a rank's parameters that an optimizer with stored states updates at a time: at most 8 MiB of fp32."""
-    return min(2**21, max(2**14, trainable // 64))
+    """Elements of a rank's parameters that an optimizer with stored states updates at a time: at most 32 MiB of fp32."""
+    return min(2**23, max(2**14, trainable // 64))

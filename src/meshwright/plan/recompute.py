@@ -27,7 +27,8 @@ from itertools import pairwise
 from meshwright.blueprint.costs import PRODUCTS
 from meshwright.blueprint.record import Blueprint, Unit
 from meshwright.errors import PlanError
-from meshwright.plan.stages import Rates
+from meshwright.plan.plan import Plan
+from meshwright.plan.stages import CPU, Rates
 
 _WIDEST = 2048
 """Points of a front that are kept; beyond, neighbours closer than a thousandth of its range become one (the cheaper in bytes)."""
@@ -99,11 +100,7 @@ def fit(blocks: Sequence[tuple[BlockCosts, int]], outside: int, budget: int) -> 
         if (costs, flying) not in fronts:
             fronts[costs, flying] = [(c.bytes * flying, c.seconds * flying, c) for c in front(costs)]
     least = outside + sum(min(point[0] for point in fronts[block]) for block in blocks)
-    if least > budget:
-        raise PlanError(
-            f"recompute=budget={budget}: this rank keeps at least {least} bytes of activations with everything recomputed: give "
-            f"budget={least} or more, a smaller micro-batch, or offload=activations:cpu"
-        )
+    _refuse(budget, least)
     # Points are (bytes, seconds, choice of the last block, the point it was added to).
     points: list[tuple[int, float, Choice | None, object]] = [(outside, 0.0, None, None)]
     for block in blocks:
@@ -171,6 +168,27 @@ def shared_out(ordered: Sequence[Step], counts: Sequence[int], room: float) -> t
         left -= reached[kind] * nbytes
         spared += reached[kind] * seconds
     return max(0.0, room) - left, spared
+
+
+def _refuse(budget: int, least: int) -> None:
+    if least > budget:
+        raise PlanError(
+            f"recompute=budget={budget}: this rank keeps at least {least} bytes of activations with everything recomputed: give "
+            f"budget={least} or more, a smaller micro-batch, or offload=activations:cpu"
+        )
+
+
+def check_budget(blueprint: Blueprint, plan: Plan, items: int) -> None:
+    """Raise `PlanError` for a budget that micro-batches of `items` can't be kept in, with the minimum; nothing has to run for it.
+
+    Where the model is cut it is an even share of what enters the blocks, a lower bound; the first backward knows the rest.
+    """
+    budget = budget_bytes(plan.recompute)
+    if budget is None or not blueprint.captured:
+        return
+    least, shares = saved_bytes(blueprint, "full", items, CPU)[0], plan.tp * plan.cp * plan.pp
+    whole = shares == 1 and plan.loss_chunks == 1
+    _refuse(budget, least // shares + whole * blueprint.rest.activation_bytes.at(items))
 
 
 @functools.cache
