@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 
 def check_clip(plan: Plan, clip_grad_norm: float | None) -> None:
-    """Raise `PlanError` for clipping by a norm that is not known when weights are updated."""
+    """Raise `ConfigError` for a norm that is none, `PlanError` for one that is not known when weights are updated."""
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ConfigError(f"clip_grad_norm={clip_grad_norm} must be greater than 0, or None for no clipping")
     if plan.update == "backward" and plan.clip == "exact" and clip_grad_norm is not None:
         raise PlanError(
             "update=backward has updated most weights before the norm of all gradients is known: add clip=two_pass (the same "

@@ -65,8 +65,6 @@ def parallelize(
     """
     if on_nonfinite not in ("stop", "skip"):
         raise ConfigError(f"on_nonfinite={on_nonfinite!r} is unknown: use 'stop' or 'skip'")
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
-        raise ConfigError(f"clip_grad_norm={clip_grad_norm} must be greater than 0, or None for no clipping")
     _check_model(model)
     parsed = Plan.parse(plan) if isinstance(plan, str) else plan
     refuse_unavailable(parsed)
