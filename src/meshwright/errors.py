@@ -37,3 +37,8 @@ class TrainingError(MeshwrightError):
     """A run that had to stop: a non-finite gradient, a rank that failed."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """What somebody else's exception says, as part of one line of ours."""
+    return next(iter(str(error).strip().splitlines()), "it gives no reason").strip()

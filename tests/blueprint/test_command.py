@@ -52,3 +52,5 @@ def test_mistakes() -> None:
         run("--model", MODEL, "--items", "0")
     with pytest.raises(ConfigError):
         run("--load", "nowhere.json")
+    with pytest.raises(ConfigError, match="can't be written"):
+        run("--model", MODEL, "--save", "/no/such/folder/b.json")

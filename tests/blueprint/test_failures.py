@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from meshwright.blueprint import execute
 from meshwright.blueprint.inspection import inspect
 from meshwright.errors import ConfigError, ModelError
 
@@ -129,10 +130,24 @@ def test_wrong_specs_name_the_nearest() -> None:
         ("gpt:layres=3", "layers"),
         ("llama:layers=x", "layers='x'"),
         ("llama:heads=3", "heads=3"),
+        ("gpt:layers=2,layers=3", "layers is given twice"),
+        ("gpt:hidden=100000000000,heads=1", "too large"),
     ):
         with pytest.raises(ConfigError, match=near):
             inspect(text)
-    with pytest.raises(ConfigError, match="seq=4096"):
-        inspect("gpt2", seq=4096)
+    for seq in (4096, 0, -3):
+        with pytest.raises(ConfigError, match=f"seq={seq}"):
+            inspect("gpt2", seq=seq)
     with pytest.raises(ConfigError, match="no such file"):
         inspect("nowhere/config.json")
+
+
+def test_what_builds_no_module_is_refused() -> None:
+    for build, part in ((None, "not None"), (lambda: 3, "returned a int"), (lambda: nn.Linear(1 // 0, 1), "ZeroDivisionError")):
+        with pytest.raises(ModelError, match=part):
+            inspect(build, torch.randn(2, 2))  # type: ignore[arg-type]
+
+
+def test_views_of_integers_too_many_to_compute_still_share_their_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "LARGEST_REAL", 2 * 64)  # the tokens of two samples, but not of three
+    assert inspect("llama:layers=2,hidden=64,heads=4,vocab=50", seq=64).captured

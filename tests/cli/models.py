@@ -51,3 +51,11 @@ class WithDropout(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model(tokens)
+
+
+def nothing() -> None:
+    """A factory without a return."""
+
+
+def fails() -> nn.Module:
+    raise ValueError("no such thing")

@@ -158,7 +158,7 @@ def test_slurm_is_translated() -> None:
         (["--plan", "tp=2", "--ranks", "2", "model.spec=gpt:heads=3,hidden=48"], ["tp=2", "3 heads", "tp=3"]),
         (["--plan", "dp_shard=3", "--ranks", "2"], ["3 ranks", "dp_shard=2"]),
         (["--plan", "pp=4 microbatches=2", "--ranks", "4"], ["4 stages", "2 blocks", "pp=2"]),
-        (["--plan", "interleaved pp=2 microbatches=2", "--ranks", "2"], ["virtual=2", "2 blocks", "pp=2 with one stage"]),
+        (["--plan", "interleaved pp=2 microbatches=2", "--ranks", "2"], ["virtual=2", "2 blocks", "pp=2 virtual=1"]),
         (["--plan", "1f1b pp=2 virtual=2", "--ranks", "2"], ["virtual=2", "virtual=1", "interleaved"]),
         (["--plan", "dualpipev pp=2 microbatches=2", "--ranks", "2"], ["microbatches=2", "microbatches=4", "zbv"]),
         (["--plan", "1f1b pp=2 microbatches=16", "--ranks", "2"], ["data.global_batch=8", "16 microbatches"]),
@@ -185,6 +185,12 @@ def test_slurm_is_translated() -> None:
         (["--resume"], ["--out"]),
         (["--resume", "--out", "/no/such/run"], ["no run to resume"]),
         (["--out", "/proc/nothing"], ["/proc/nothing"]),
+        (["--plan", "ep", "--ranks", "2"], ["ep=2", "not available"]),
+        (["--plan", "ddp update=backward", "--ranks", "2"], ["clip=two_pass"]),
+        (["model.spec=models:nothing"], ["returned a NoneType"]),
+        (["model.spec=models:fails"], ["ValueError", "no such thing"]),
+        (["optimizer.betas=[0.9]"], ["[optimizer]"]),
+        (["schedule.warmup=-1"], ["schedule.warmup=-1"]),
     ],
 )
 def test_a_users_mistake_costs_one_line_and_starts_nothing(
@@ -335,9 +341,10 @@ def test_importing_loads_and_starts_nothing_beyond_torch() -> None:
 
 def test_auto_is_resolved_before_the_run_and_the_run_says_how_right_the_prediction_was(text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "auto"
-    done = _train(text, "--plan", "auto", "--ranks", "2", "--steps", "5", "--out", str(folder))
+    done = _train(text, "--plan", "auto", "--ranks", "2", "--steps", "5", "--out", str(folder), "--json")
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["last"]["step"] == 4  # and nothing else is on stdout
     prediction = json.loads((folder / "prediction.json").read_text())
     assert prediction["prediction"]["plan"] == prediction["plan"]
     assert f'text = "{prediction["plan"]}"' in (folder / "plan.toml").read_text()
-    assert f"predicted {prediction['prediction']['step_seconds']:.4g} s a step, measured" in done.stdout
+    assert f"predicted {prediction['prediction']['step_seconds']:.4g} s a step, measured" in done.stderr

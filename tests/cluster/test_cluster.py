@@ -41,6 +41,8 @@ def test_the_fast_link_of_a_rack_joins_its_hosts() -> None:
         ("8xH100,speed=3", "'speed'"),
         ("0x8xH100", "at least 1"),
         ("8xH100,inter=0", "more than 0"),
+        ("8xH100,inter=nan", "finite"),
+        ("8xH100,inter=3,inter=4", "given twice"),
         ("nowhere.toml", "can't be read"),
     ],
 )
@@ -61,6 +63,15 @@ def test_toml_describes_any_hardware(tmp_path: Path) -> None:
     path.write_text('[device]\nname = "new"\n')
     with pytest.raises(ConfigError, match="lacks peak_tflops"):
         Cluster.parse(str(path))
+    for line, near in (
+        ('per_nod = 4\ndevice = "H100-80GB"', "'per_nod': the nearest is 'per_node'"),
+        ('nodes = "two"\ndevice = "H100-80GB"', "nodes='two'"),
+        ('[device]\nlike = "H100-80GB"\nmemory = 94', "'memory': the nearest is 'memory_gb'"),
+        ('device = "H100-80GB"\n[inter]\ngb = 20', "'gb': the nearest is 'gb_s'"),
+    ):
+        path.write_text(line)
+        with pytest.raises(ConfigError, match=near):
+            Cluster.parse(str(path))
 
 
 def test_a_probe_is_kept_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """A plan's text round-trips, resolves to the ranks at hand, and refuses in one sentence."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -27,7 +28,7 @@ plans = st.builds(
     sp=st.booleans(),
     cp=degrees,
     pp=degrees,
-    ep=st.integers(1, 64),
+    ep=degrees,
     schedule=st.sampled_from(["1f1b", "gpipe", "interleaved", "zbv"]),
     virtual=st.integers(1, 8),
     microbatches=st.integers(0, 64),
@@ -43,7 +44,7 @@ plans = st.builds(
 @given(plans)
 def test_text_and_json_round_trip(plan: Plan) -> None:
     assert Plan.parse(str(plan)) == plan
-    assert Plan(**plan.to_json()) == plan
+    assert Plan.from_json(json.dumps(plan.to_json())) == Plan.from_json(plan.to_json()) == plan
 
 
 @given(plans, st.randoms())
@@ -87,6 +88,8 @@ def test_named_plans_mean_what_the_field_means() -> None:
     ("text", "names"),
     [
         ("fsd", ["'fsd'", "'fsdp'"]),
+        ("dp fsdp", ["takes no other axis"]),
+        (3, ["not 3"]),  # type: ignore[list-item]
         ("dp_shrad=2", ["'dp_shrad'", "'dp_shard'"]),
         ("dp_shard=x", ["dp_shard=x"]),
         ("dp_shard=0", ["dp_shard=0"]),
@@ -113,6 +116,22 @@ def test_wrong_text_is_refused_with_the_value_and_the_nearest(text: str, names: 
 def test_a_plan_that_does_not_fit_names_the_nearest_that_does(text: str, ranks: int, hint: str) -> None:
     with pytest.raises(PlanError, match=hint):
         Plan.parse(text, ranks)
+
+
+def test_experts_take_the_data_axes() -> None:
+    assert Plan.parse("ep", 8) == Plan(dp_shard=8, ep=8)
+    assert Plan.parse("ep tp=2", 8).ep == 4
+
+
+def test_there_must_be_ranks() -> None:
+    with pytest.raises(PlanError, match="0 ranks"):
+        Plan.parse("fsdp", 0)
+
+
+def test_what_is_no_saved_plan_is_refused() -> None:
+    for data in ({"width": 3}, "[", {"tp": "2"}):
+        with pytest.raises(PlanError):
+            Plan.from_json(data)  # type: ignore[arg-type]
 
 
 def test_plans_are_frozen() -> None:

@@ -142,6 +142,13 @@ def test_wrong_arguments() -> None:
     for bad in ({"objective": "best"}, {"top": 0}, {"fixed": {"width": 3}}):
         with pytest.raises(mw.ConfigError):
             mw.search(blueprint("dense"), where, 8, **bad)
+    with pytest.raises(mw.PlanError, match="the nearest is precision=bf16"):
+        mw.search(blueprint("dense"), where, 8, precision="bf61")
+    for subjects in (("gpt2", where, 8), (blueprint("dense"), "8xH100", 8), (blueprint("dense"), where, "8")):
+        with pytest.raises(mw.ConfigError, match="must be"):
+            mw.search(*subjects)
+    with pytest.raises(mw.ConfigError, match="global_batch=0"):
+        mw.predict(blueprint("dense"), where, "fsdp", 0)
 
 
 def test_schedules_against_arithmetic() -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshwright._torch import DispatchMode, FakeMode, FakeTensor, is_in_place, prim_device, tree_map_tensors
+from meshwright._torch import DispatchMode, FakeMode, FakeTensor, is_functional_view, is_in_place, prim_device, tree_map_tensors
+from meshwright.errors import ModelError, first_line
 
 aten = torch.ops.aten
 
@@ -93,7 +94,8 @@ class Execution(DispatchMode):
             if func in _CHOOSERS:
                 return _choices(func, args, kwargs, result)
             return _constant(func, args, kwargs, result) if func in _CONSTANTS else result
-        if tensors and (is_in_place(func) or math.prod(tensor.numel() for tensor in tensors) <= LARGEST_REAL):
+        free = is_in_place(func) or is_functional_view(func)  # a fake view would not share its base's storage
+        if tensors and (free or math.prod(tensor.numel() for tensor in tensors) <= LARGEST_REAL):
             return func(*args, **kwargs)
         with self.fake:
             result = func(*args, **kwargs)
@@ -141,9 +143,17 @@ class Blank(DispatchMode):
 
 
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """The module that `build` makes, its parameters on meta, built in milliseconds."""
-    with torch.device("meta"), Blank():
-        return build()
+    """The module that `build` makes, its parameters on meta, built in milliseconds. Raises `ModelError` if it makes none."""
+    if not callable(build):
+        raise ModelError(f"a model is a module or a callable that builds one, not {build!r}")
+    try:
+        with torch.device("meta"), Blank():
+            module = build()
+    except Exception as error:  # whatever a user's code raises
+        raise ModelError(f"the model can't be built on the meta device: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"the callable that builds the model returned a {type(module).__name__}, not a torch.nn.Module")
+    return module
 
 
 _FILLS = {aten.normal_.default, aten.uniform_.default, aten.random_.default, aten.bernoulli_.float, aten.random_.to}

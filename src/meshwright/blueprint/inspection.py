@@ -73,7 +73,7 @@ def inspect(
 def _subject(model: Any, batch: Any, seq: int | None, loss_fn: LossFn | None) -> tuple[str, nn.Module, Any, int, LossFn | None]:
     """The model's name, the module itself, its batch, the batch's sequence length (0 for none) and the loss."""
     if isinstance(model, str):
-        model = parse_spec(model, **({"sequence": seq} if seq else {}))
+        model = parse_spec(model, **({} if seq is None else {"sequence": seq}))
     if isinstance(model, ModelSpec):
         model = model.with_sequence(seq)
         name, sample = model.text, model.sample

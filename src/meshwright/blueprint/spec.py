@@ -25,8 +25,10 @@ import torch
 from torch import nn
 
 from meshwright.blueprint.sample import LossFn
-from meshwright.errors import ConfigError
+from meshwright.errors import ConfigError, first_line
 from meshwright.models import decoder
+
+_LARGEST_MATRIX = 1 << 58  # elements: torch counts bytes in 64 bits
 
 FAMILIES: dict[str, Callable[..., decoder.DecoderConfig]] = {"gpt": decoder.gpt, "llama": decoder.llama}
 
@@ -53,9 +55,11 @@ class ModelSpec:
     def sample(self, model: nn.Module, seq: int | None, items: int = 2) -> tuple[Any, LossFn | None]:
         """A batch of `items` for a capture, and its loss; `seq` tokens, or as many as the model takes.
 
-        Raises `ConfigError` for a user's own callable, which alone knows what its forward takes, and for a `seq` that
-        is longer than the model's positions.
+        A user's own callable is taken for a language model, as `train` takes it: `seq` tokens (256 by default).
+        Raises `ConfigError` for a `seq` below 1, or longer than the model's positions.
         """
+        if seq is not None and seq < 1:
+            raise ConfigError(f"model {self.text!r}: seq={seq} must be at least 1")
         if self.config is not None:
             length = seq or self.config.sequence
             if length > self.config.sequence:
@@ -63,7 +67,7 @@ class ModelSpec:
             return torch.zeros(items, length, dtype=torch.int64, device="cpu"), next_token_loss
         if self.library_config is not None:
             return _library_batch(model, self.library_config, seq, items), None
-        raise ConfigError(f"model {self.text!r} needs a batch: call meshwright.inspect(module, batch)")
+        return torch.zeros(items, seq or 256, dtype=torch.int64, device="cpu"), next_token_loss
 
 
 def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -115,6 +119,10 @@ def _check(config: decoder.DecoderConfig, text: str) -> None:
     low = [name for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "sequence") if getattr(config, name) < 1]
     if low:
         raise ConfigError(f"model {text!r}: {low[0]}={getattr(config, low[0])} must be at least 1")
+    if config.hidden * max(config.hidden, config.ffn, config.vocab) * max(config.experts, 1) > _LARGEST_MATRIX:
+        raise ConfigError(
+            f"model {text!r}: hidden={config.hidden}, ffn={config.ffn} and vocab={config.vocab} make a matrix too large"
+        )
     for name, choices in decoder.CHOICES.items():
         value = getattr(config, name)
         if value not in choices:
@@ -142,7 +150,7 @@ def _library_model(text: str) -> ModelSpec:
     try:
         config = transformers.AutoConfig.from_pretrained(str(path))
     except (ValueError, OSError, KeyError) as error:
-        raise ConfigError(f"model {text!r} is not a configuration that transformers knows: {error}") from error
+        raise ConfigError(f"model {text!r} is not a configuration that transformers knows: {first_line(error)}") from error
     config.use_cache = False
     named = next((getattr(transformers, name, None) for name in config.architectures or ()), None)
     auto = next((a for a in _heads(transformers) if type(config) in a._model_mapping), transformers.AutoModel)
@@ -186,6 +194,8 @@ def _sizes(rest: str, text: str) -> dict[str, Any]:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
             raise ConfigError(f"model {text!r} has no size {key!r}: the nearest is {near!r}")
+        if key in sizes:
+            raise ConfigError(f"model {text!r}: {key} is given twice")
         try:
             sizes[key] = {"on": True, "off": False}[value] if fields[key] == "bool" else _number(value, str(fields[key]))
         except (KeyError, ValueError):
@@ -207,7 +217,7 @@ def _import(module: str, name: str, text: str) -> Callable[[], nn.Module]:
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a user's file raises while it is imported
-        raise ConfigError(f"model {text!r} can't be imported: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"model {text!r} can't be imported: {type(error).__name__}: {first_line(error)}") from error
     if not callable(found):
         raise ConfigError(f"model {text!r} is a {type(found).__name__}, not a callable that returns a module")
     return found  # type: ignore[no-any-return]

@@ -29,8 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Report, after measuring if asked to; returns 0."""
     from meshwright.cluster import probe
 
+    sizes = _sizes(arguments.ranks)
     if arguments.probe:
-        measured = probe.measure() | _collectives(_sizes(arguments.ranks))
+        measured = probe.measure() | _collectives(sizes)
         probe.save(measured)
     found = report()
     if arguments.json:

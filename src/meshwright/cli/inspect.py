@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         options = {"dtype": dtype, "device": arguments.device, "strict": not arguments.structure}
         blueprint = inspect(arguments.model, seq=arguments.seq, **options)
     if arguments.save:
-        blueprint.save(arguments.save)
+        _save(blueprint, arguments.save)
     changed = differences(Blueprint.load(arguments.compare), blueprint, arguments.items) if arguments.compare else None
     if arguments.json:
         print(json.dumps(summary(blueprint, arguments.items, arguments.ops) | ({} if changed is None else {"changes": changed})))
@@ -76,6 +76,13 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(changed) or "no difference")
     return 0
+
+
+def _save(blueprint: Blueprint, path: str) -> None:
+    try:
+        blueprint.save(path)
+    except OSError as error:
+        raise ConfigError(f"--save {path} can't be written: {error.strerror}") from error
 
 
 def summary(blueprint: Blueprint, items: int, ops: bool) -> dict[str, Any]:

@@ -32,10 +32,10 @@ def layout(model: str, plan: Plan, seq: int | None = None, items: int = 1) -> Pr
     from meshwright.blueprint.spec import parse_spec
     from meshwright.parallel.preview import preview
 
-    spec = parse_spec(model, **({"sequence": seq} if seq else {})).with_sequence(seq)
+    spec = parse_spec(model, **({} if seq is None else {"sequence": seq})).with_sequence(seq)
     module = build_on_meta(spec.build)
     batch, loss_fn = spec.sample(module, seq, items)
     open_degrees: dict[str, Any] = {
-        name: 1 for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp") if getattr(plan, name) == AUTO
+        name: 1 for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep") if getattr(plan, name) == AUTO
     }
     return preview(module, dataclasses.replace(plan, **open_degrees), reading(None, loss_fn)(module), batch)

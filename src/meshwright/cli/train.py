@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,14 +52,30 @@ def run(arguments: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         _prepare(config, folder, arguments.resume)
     mode = "resume" if arguments.resume else "fresh"
-    if joined or ranks == 1:  # rank 0 joins its peers only now, so they find the folder prepared
-        code = launch.run_rank(int(os.environ.get("RANK", "0")), lambda: worker.work(folder, arguments.resume), folder)
-    else:
-        code = launch.start_ranks(ranks, [sys.executable, "-c", worker.COMMAND, str(folder), mode])
-    if arguments.json and code == 0:
+    rank = int(os.environ.get("RANK", "0"))
+    with _stdout_on_stderr() if arguments.json else contextlib.nullcontext():
+        if joined or ranks == 1:  # rank 0 joins its peers only now, so they find the folder prepared
+            code = launch.run_rank(rank, lambda: worker.work(folder, arguments.resume), folder)
+        else:
+            code = launch.start_ranks(ranks, [sys.executable, "-c", worker.COMMAND, str(folder), mode])
+    if arguments.json and code == 0 and rank == 0:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         print(json.dumps({"folder": str(folder), "steps": len(lines), "last": json.loads(lines[-1])}))
     return code
+
+
+@contextlib.contextmanager
+def _stdout_on_stderr() -> Iterator[None]:
+    """Send what this process and the ranks that it starts print to stderr, so that stdout holds nothing but the result."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _planned(config: Any, ranks: int) -> Any:
@@ -72,15 +90,20 @@ def _planned(config: Any, ranks: int) -> Any:
 
 def check(config: Any, ranks: int) -> None:
     """Raise in one sentence for whatever a run of `config` on `ranks` ranks would stumble over."""
+    from meshwright.blueprint.execute import build_on_meta
     from meshwright.blueprint.spec import parse_spec
+    from meshwright.engine.backward import check_clip
     from meshwright.parallel.apply import refuse_unavailable
     from meshwright.plan.recompute import budget_bytes, check_budget
     from meshwright.train.data import VOCABULARY, find_files
     from meshwright.train.loop import make_optimizer
+    from meshwright.train.metrics import refuse_missing
     from meshwright.train.predicted import blueprint
 
     plan = Plan.parse(config.plan.text, ranks)
     refuse_unavailable(plan)
+    check_clip(plan, config.train.clip_grad_norm)
+    refuse_missing(config.log)
     share = plan.dp_replicate * plan.dp_shard * plan.microbatches
     batch = config.data.global_batch
     if batch % share:
@@ -92,6 +115,8 @@ def check(config: Any, ranks: int) -> None:
     spec = parse_spec(config.model.spec, sequence=config.data.sequence_length)
     if spec.config is not None and spec.config.vocab < VOCABULARY:
         raise ConfigError(f"model {spec.text!r} has vocab={spec.config.vocab}, but tokens are bytes: use vocab={VOCABULARY}")
+    if spec.config is None:
+        build_on_meta(spec.build)  # a user's own code may fail: once, here, not on every rank
     if plan.tp > 1 or plan.cp > 1 or plan.pp > 1:
         layout(spec.text, plan, config.data.sequence_length, 2)
     if budget_bytes(plan.recompute) is not None:

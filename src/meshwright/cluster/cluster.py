@@ -7,7 +7,9 @@ collective costs on it is left to `plan/`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+import math
 import re
 import tomllib
 from dataclasses import dataclass
@@ -101,6 +103,8 @@ class Cluster:
         times its usual efficiency. `intra_us` and `inter_us` are microseconds of one step over a link, `peer_us` those of
         `peer_s`. Raises `ConfigError` in one sentence.
         """
+        if not isinstance(text, str):
+            raise ConfigError(f"a cluster is a text such as 'here' or '4x8xH100-80GB', not {text!r}")
         if text == "here":
             return Cluster.here()
         if text.endswith(".toml"):
@@ -194,13 +198,40 @@ def _overrides(items: list[str], text: str) -> dict[str, float]:
         if key not in _OVERRIDES:
             known = ", ".join(f"{name}={unit}" for name, unit in _OVERRIDES.items())
             raise ConfigError(f"cluster {text!r}: {key!r} is none of {known}")
+        if key in given:
+            raise ConfigError(f"cluster {text!r}: {key} is given twice")
         try:
             given[key] = float(value)
         except ValueError:
             raise ConfigError(f"cluster {text!r}: {key}={value!r} is not a number") from None
+        if not math.isfinite(given[key]):
+            raise ConfigError(f"cluster {text!r}: {key}={value} is not a finite number")
         if given[key] <= 0:
             raise ConfigError(f"cluster {text!r}: {key}={value} must be more than 0")
     return given
+
+
+_LINK_KEYS = ("gb_s", "efficiency", "reduce", "latency_us", "name")
+_DEVICE_KEYS = (
+    *("like", "name", "driver_names", "aliases", "peak_tflops", "memory_gb", "memory_gb_s", "kernels", "power", "price"),
+    *("host_gb_s", "host_memory_gb", "domain", "intra", "inter", "source"),
+)
+
+
+def _check_keys(where: str, table: Any, known: tuple[str, ...]) -> None:
+    """Raise `ConfigError` for what is no table, or has a key that says nothing."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"cluster {where!r} must be a table, not {table!r}")
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"cluster {where!r} has no key {key!r}: the nearest is {near!r}")
+
+
+def _count(value: Any, name: str) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{name}={value!r} is not a whole number")
+    return value
 
 
 def _from_toml(path: str) -> Cluster:
@@ -211,19 +242,23 @@ def _from_toml(path: str) -> Cluster:
         raise ConfigError(f"cluster {path!r} can't be read: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"cluster {path!r} is not TOML: {error}") from error
+    _check_keys(path, data, ("nodes", "per_node", "device", "intra", "inter"))
     named = data.pop("device", None)
     entry: dict[str, Any] = dict(named) if isinstance(named, dict) else {}
     if isinstance(named, str) or "like" in entry:
         known, base = find(named if isinstance(named, str) else str(entry.pop("like")))
         entry = base | {"name": known} | entry
+    _check_keys(f"{path} [device]", named if isinstance(named, dict) else {}, _DEVICE_KEYS)
     for name in ("intra", "inter"):
+        for table in (entry.get(name, {}), data.get(name, {})):
+            _check_keys(f"{path} [{name}]", table, _LINK_KEYS)
         entry[name] = {"latency_us": 10.0} | dict(entry.get(name, {})) | dict(data.pop(name, {}))
     needed = [key for key in ("name", "peak_tflops", "memory_gb", "memory_gb_s") if key not in entry]
     needed += [f"{name}.gb_s" for name in ("intra", "inter") if "gb_s" not in entry[name]]
     if needed:
         raise ConfigError(f"cluster {path!r} lacks {', '.join(needed)}: name a device of the catalog or give all of them")
     try:
-        nodes, count = int(data.pop("nodes", 1)), int(data.pop("per_node", 1))
+        nodes, count = (_count(data.get(name, 1), name) for name in ("nodes", "per_node"))
         return _build(entry, nodes, count, {}, path)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"cluster {path!r} has a value of the wrong type: {error}") from error

@@ -66,7 +66,7 @@ def parallelize(
     if on_nonfinite not in ("stop", "skip"):
         raise ConfigError(f"on_nonfinite={on_nonfinite!r} is unknown: use 'stop' or 'skip'")
     _check_model(model)
-    parsed = Plan.parse(plan) if isinstance(plan, str) else plan
+    parsed = plan if isinstance(plan, Plan) else Plan.parse(plan)
     refuse_unavailable(parsed)
     check_clip(parsed, clip_grad_norm)
     connect()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
     "update": ("step", "backward"),
 }
-_AUTO_ALLOWED = ("dp_replicate", "dp_shard", "tp", "cp", "pp", "microbatches")
+_AUTO_ALLOWED = (*_DEGREES, "microbatches")
 _MICROBATCHES_PER_STAGE = 4  # keeps the bubble of 1f1b under a fifth: (P - 1) / (5P - 1)
 _OFFLOAD = re.compile(r"(optimizer|params|activations):(cpu|nvme=[^\s,@]+)(?:@(0?\.\d+|1(?:\.0*)?))?")
 
@@ -100,7 +101,7 @@ class Plan:
             raise PlanError(f"recompute={self.recompute} is unknown: use none, selective, full or budget=BYTES")
         offloads(self.offload)
         _check_pipeline(self)
-        if self.data_parallel and self.degree_product() not in (0, 1):
+        if self.data_parallel and any(getattr(self, name) != 1 for name in _DEGREES):
             raise PlanError("the plan dp is one process over the local devices: it takes no other axis")
 
     @classmethod
@@ -109,6 +110,8 @@ class Plan:
 
         With `world_size` the plan is also resolved for that many ranks. Raises `PlanError` in one sentence.
         """
+        if not isinstance(text, str):
+            raise PlanError(f"a plan is a text such as 'fsdp' or 'dp_shard=4 tp=2', not {text!r}")
         values: dict[str, Any] = {}
         suggested: dict[str, Any] = {}
         for item in re.sub(r"\s*=\s*", "=", text).split():
@@ -134,8 +137,16 @@ class Plan:
         return " ".join(items) or "single"
 
     def to_json(self) -> dict[str, Any]:
-        """Return every field as plain JSON values; `Plan(**plan.to_json()) == plan`."""
+        """Return every field as plain JSON values; `Plan.from_json` gives an equal plan back."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any] | str) -> Plan:
+        """Read what `to_json` gave, or its JSON text. Raises `PlanError` for anything else."""
+        try:
+            return cls(**(json.loads(data) if isinstance(data, str) else data))
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"this is not a saved plan: {error}") from error
 
     @property
     def shards(self) -> int:
@@ -154,15 +165,19 @@ class Plan:
         """Return this plan with every `AUTO` filled for `world_size` ranks.
 
         Two open degrees (HSDP) split the free ranks into the two nearest factors, the larger one sharding; three (3D) into the
-        three nearest, the largest sharding.
+        three nearest, the largest sharding. An open `ep` takes all data-parallel ranks.
         Raises `PlanError` if the axes don't multiply to `world_size`.
         """
-        free = [name for name in _DEGREES if getattr(self, name) == AUTO]
+        if world_size < 1:
+            raise PlanError(f"plan {str(self)!r} can't be laid out over {world_size} ranks: there must be at least 1")
+        free = [name for name in _DEGREES if name != "ep" and getattr(self, name) == AUTO]
         fixed = math.prod(getattr(self, name) for name in _DEGREES if name != "ep" and name not in free)
         if world_size % fixed or (not free and fixed != world_size):
             raise PlanError(self._size_advice(world_size, fixed, bool(free)))
         left = world_size // fixed
         filled: dict[str, Any] = dict(zip(free, _factors(left, len(free)), strict=True))
+        if self.ep == AUTO:
+            filled["ep"] = filled.get("dp_replicate", self.dp_replicate) * filled.get("dp_shard", self.dp_shard)
         if self.microbatches == AUTO:
             stages = filled.get("pp", self.pp)
             filled["microbatches"] = 1 if stages == 1 or self.schedule == "layerwise" else _MICROBATCHES_PER_STAGE * stages
@@ -191,6 +206,7 @@ _NAMED: dict[str, dict[str, Any]] = {
     "tp": {"tp": AUTO},
     "2d": {"dp_shard": AUTO, "tp": AUTO, "zero": 3},
     "cp": {"cp": AUTO},
+    "ep": {"dp_shard": AUTO, "zero": 3, "ep": AUTO},
     "auto": {"dp_shard": AUTO, "zero": 3},  # until the planner exists: shard everything over the ranks at hand
 }
 _PIPELINE: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from meshwright.blueprint.record import Blueprint
 from meshwright.cluster import Cluster
-from meshwright.errors import ModelError, PlanError
+from meshwright.errors import ConfigError, ModelError, PlanError
 from meshwright.plan import pipeline
 from meshwright.plan.collectives import Group, all_reduce, gather, group, send
 from meshwright.plan.constants import constants
@@ -34,10 +34,23 @@ def predict(blueprint: Blueprint, cluster: Cluster, plan: Plan | str, global_bat
     A plan text is resolved for the cluster's devices. Raises `PlanError` if the axes don't multiply to the devices or don't divide
     the batch, `ModelError` for a blueprint that was not captured.
     """
-    if isinstance(plan, str):
-        plan = Plan.parse(plan)
-    plan = plan.resolve(cluster.devices)
+    check_subjects(blueprint, cluster, global_batch)
+    plan = (plan if isinstance(plan, Plan) else Plan.parse(plan)).resolve(cluster.devices)
     return Pricer.of(blueprint, cluster, plan.precision, plan.compile).price(plan, global_batch)
+
+
+def check_subjects(blueprint: Any, cluster: Any, global_batch: Any) -> None:
+    """Raise `ConfigError` for arguments that neither `predict` nor `search` can take."""
+    for name, value, kind in (
+        ("blueprint", blueprint, Blueprint),
+        ("cluster", cluster, Cluster),
+        ("global_batch", global_batch, int),
+    ):
+        if not isinstance(value, kind) or isinstance(value, bool):
+            made = {"blueprint": "mw.inspect(model, batch)", "cluster": "mw.Cluster.parse(text)"}.get(name, "a whole number")
+            raise ConfigError(f"{name} must be {made}, not {repr(value)[:60]}")
+    if global_batch < 1:
+        raise ConfigError(f"global_batch={global_batch} must be at least 1")
 
 
 FULL_STORAGE = 12.0

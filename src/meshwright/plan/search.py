@@ -21,7 +21,7 @@ from meshwright.errors import ConfigError, PlanError
 from meshwright.plan import pipeline
 from meshwright.plan.footprint import Elements
 from meshwright.plan.plan import Plan, moved
-from meshwright.plan.predict import Base, Moment, Need, Pricer
+from meshwright.plan.predict import Base, Moment, Need, Pricer, check_subjects
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.space import LARGEST_MICRO_BATCH, Family, Space, divisors
 from meshwright.plan.time import Split
@@ -97,7 +97,8 @@ def search(
     objective, batch or field.
     """
     began = time.perf_counter()
-    _check(objective, global_batch, top, fixed)
+    check_subjects(blueprint, cluster, global_batch)
+    _check(objective, precision, top, fixed)
     if objective == "longest":
         from meshwright.plan.longest import longest  # it searches by calling this
 
@@ -134,12 +135,12 @@ def search(
     )
 
 
-def _check(objective: str, global_batch: int, top: int, fixed: dict[str, Any] | None) -> None:
+def _check(objective: str, precision: str, top: int, fixed: dict[str, Any] | None) -> None:
+    Plan(precision=precision)  # raises for one that is unknown
     if objective not in OBJECTIVES:
         raise ConfigError(f"objective={objective!r} is unknown: use one of {', '.join(OBJECTIVES)}")
-    if global_batch < 1 or top < 1:
-        name, value = ("global_batch", global_batch) if global_batch < 1 else ("top", top)
-        raise ConfigError(f"{name}={value} must be at least 1")
+    if top < 1:
+        raise ConfigError(f"top={top} must be at least 1")
     known = {f.name for f in dataclasses.fields(Plan)}
     for name in fixed or {}:
         if name not in known:

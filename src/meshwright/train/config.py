@@ -212,6 +212,8 @@ def _check(config: Config) -> None:
     for where, value in {"checkpoint.every": config.checkpoint.every, "train.eval_every": config.train.eval_every}.items():
         if value < 0:
             raise ConfigError(f"{where}={value} must be at least 0, where 0 means only at the end")
+    if config.schedule.warmup < 0:
+        raise ConfigError(f"schedule.warmup={config.schedule.warmup} must be at least 0")
     if not 0 <= config.train.seed < 2**63:
         raise ConfigError(f"train.seed={config.train.seed} must lie between 0 and 2^63 - 1")
     if not 0 < config.data.validation_fraction < 1:

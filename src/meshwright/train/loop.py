@@ -52,7 +52,7 @@ def make_optimizer(table: OptimizerTable) -> Callable[[list[nn.Parameter]], torc
 
     try:
         build([nn.Parameter(torch.zeros(1, 1))])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise ConfigError(f"[optimizer] does not fit torch.optim.{table.name}: {error}") from error
     return build
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 import sys
@@ -61,14 +62,20 @@ class MetricsFile:
         self._file.close()
 
 
+def refuse_missing(table: LogTable) -> None:
+    """Raise `ConfigError` for a tracker whose package is not installed; nothing is imported."""
+    for name, asked in (("tensorboard", table.tensorboard), ("wandb", table.wandb)):
+        if asked and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"log.{name}=true needs a package that is not installed: pip install {name}")
+
+
 def trackers(table: LogTable, folder: Path, settings: dict[str, Any]) -> list[Callable[[dict[str, Any]], None]]:
     """Return the trackers that the configuration asks for. Raises `ConfigError` for one whose package is missing."""
+    refuse_missing(table)
     found: list[Callable[[dict[str, Any]], None]] = []
     if table.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError("log.tensorboard=true needs a package that is not installed: pip install tensorboard") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(folder / "tensorboard"))
 
         def to_tensorboard(line: dict[str, Any]) -> None:
@@ -78,10 +85,8 @@ def trackers(table: LogTable, folder: Path, settings: dict[str, Any]) -> list[Ca
 
         found.append(to_tensorboard)
     if table.wandb:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError("log.wandb=true needs a package that is not installed: pip install wandb") from error
+        import wandb
+
         run = wandb.init(project="meshwright", dir=str(folder), config=settings)
         found.append(lambda line: run.log(line, step=line["step"]))
     return found
