@@ -13,7 +13,7 @@ from typing import Any
 
 from meshwright.blueprint.record import Blueprint
 from meshwright.cluster import Cluster
-from meshwright.errors import ConfigError, ModelError, PlanError
+from meshwright.errors import ModelError, PlanError
 from meshwright.plan import pipeline
 from meshwright.plan.collectives import Group, all_reduce, gather, group, send
 from meshwright.plan.constants import constants
@@ -24,7 +24,7 @@ from meshwright.plan.prediction import Prediction
 from meshwright.plan.profile import Profile, profile
 from meshwright.plan.recompute import Step, budget_bytes, shared_out, steps
 from meshwright.plan.stages import balance, place
-from meshwright.plan.suited import run_mode, suited
+from meshwright.plan.suited import check_subjects, run_mode, suited
 from meshwright.plan.time import Rates, Split, UnitTime, in_chunks, rates, unit_time
 
 
@@ -37,20 +37,6 @@ def predict(blueprint: Blueprint, cluster: Cluster, plan: Plan | str, global_bat
     check_subjects(blueprint, cluster, global_batch)
     plan = (plan if isinstance(plan, Plan) else Plan.parse(plan)).resolve(cluster.devices)
     return Pricer.of(blueprint, cluster, plan.precision, plan.compile).price(plan, global_batch)
-
-
-def check_subjects(blueprint: Any, cluster: Any, global_batch: Any) -> None:
-    """Raise `ConfigError` for arguments that neither `predict` nor `search` can take."""
-    for name, value, kind in (
-        ("blueprint", blueprint, Blueprint),
-        ("cluster", cluster, Cluster),
-        ("global_batch", global_batch, int),
-    ):
-        if not isinstance(value, kind) or isinstance(value, bool):
-            made = {"blueprint": "mw.inspect(model, batch)", "cluster": "mw.Cluster.parse(text)"}.get(name, "a whole number")
-            raise ConfigError(f"{name} must be {made}, not {repr(value)[:60]}")
-    if global_batch < 1:
-        raise ConfigError(f"global_batch={global_batch} must be at least 1")
 
 
 FULL_STORAGE = 12.0

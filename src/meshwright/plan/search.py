@@ -21,9 +21,10 @@ from meshwright.errors import ConfigError, PlanError
 from meshwright.plan import pipeline
 from meshwright.plan.footprint import Elements
 from meshwright.plan.plan import Plan, moved
-from meshwright.plan.predict import Base, Moment, Need, Pricer, check_subjects
+from meshwright.plan.predict import Base, Moment, Need, Pricer
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.space import LARGEST_MICRO_BATCH, Family, Space, divisors
+from meshwright.plan.suited import check_subjects
 from meshwright.plan.time import Split
 
 OBJECTIVES = ("fastest", "cheapest", "smallest", "longest")

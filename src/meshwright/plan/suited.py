@@ -14,7 +14,21 @@ from meshwright.blueprint.inspection import inspect
 from meshwright.blueprint.record import Blueprint
 from meshwright.blueprint.spec import FAMILIES, ModelSpec, parse_spec, presets
 from meshwright.cluster import Cluster
+from meshwright.errors import ConfigError
 from meshwright.plan.time import COMPUTE
+
+
+def check_subjects(blueprint: Any, cluster: Any, global_batch: Any) -> None:
+    """Raise `ConfigError` for arguments that neither `predict` nor `search` can take."""
+    made = {
+        "blueprint": (blueprint, Blueprint, "mw.inspect(model, batch)"),
+        "cluster": (cluster, Cluster, "mw.Cluster.parse(text)"),
+    }
+    for name, (value, kind, how) in (made | {"global_batch": (global_batch, int, "a whole number")}).items():
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ConfigError(f"{name} must be {how}, not {repr(value)[:60]}")
+    if global_batch < 1:
+        raise ConfigError(f"global_batch={global_batch} must be at least 1")
 
 
 def spec_of(blueprint: Blueprint) -> ModelSpec | None:
