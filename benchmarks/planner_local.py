@@ -3,10 +3,12 @@
     python benchmarks/planner_local.py [--group NAME ...] [--json PATH] [--report PATH ...]
 
 Run `meshwright doctor --probe` first: without it the rates are the catalog's. Each group is a model on a number of ranks (one
-thread each) under several plans of one global batch, in one set of processes; `auto` is the plan of them that the planner takes
-for the fastest, and its regret what it measured over the fastest that was measured. Peak live bytes are what torch's allocator
-hands out during one step on top of parameters, buffers and optimizer states, the most of all ranks. `--report` puts results of
-several calls together and predicts them anew.
+thread each) under several plans of one global batch; `auto` is the plan of them that the planner takes for the fastest, and its
+regret what it measured over the fastest that was measured. Every plan runs in fresh processes, as a user's would: in one that has
+run others, the C library's allocator has learnt to keep memory, and a step is up to 15 % faster. Peak live bytes are what torch's
+allocator hands out during one step on top of parameters, buffers and optimizer states, the most of all ranks. `--report` puts
+results of several calls together and predicts them anew. The groups of `HELD_OUT` were written, and measured once, after the
+planner's model of a CPU had been settled on the others.
 """
 
 from __future__ import annotations
@@ -56,6 +58,57 @@ class Cnn(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Bottleneck(nn.Module):
+    """Two convolutions of one pixel around one of nine, each followed by a BatchNorm; halves the image if told to."""
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        inner = width // 2
+        self.path = nn.Sequential(
+            *(nn.Conv2d(width, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(inner, inner, 3, stride, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(inner, width, 1, bias=False), nn.BatchNorm2d(width)),
+        )
+        self.short = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.short(x) + self.path(x))
+
+
+class ResNet(nn.Module):
+    """Bottleneck blocks at 32 x 32, then at 16 x 16 pixels."""
+
+    def __init__(self, width: int = 96, blocks: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 5, padding=2)
+        self.blocks = nn.ModuleList(Bottleneck(width, 2 if at == blocks // 2 else 1) for at in range(blocks))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Encoder(nn.Module):
+    """torch's own encoder layers, LayerNorm after each part, with dropout; classifies a sequence of features."""
+
+    def __init__(self, width: int = 224, layers: int = 5) -> None:
+        super().__init__()
+        self.enter = nn.Linear(40, width)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 7, 3 * width, dropout=0.1, batch_first=True) for _ in range(layers)
+        )
+        self.head = nn.Linear(width, 100)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(1))
+
+
 @dataclass(frozen=True)
 class Model:
     """How to build a model, a batch of so many rows for it, and its loss."""
@@ -77,6 +130,14 @@ def _pixels(rows: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 3, 32, 32), torch.arange(rows) % 10
 
 
+def _features(rows: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, 160, 40), torch.arange(rows) % 100
+
+
+def _classified(output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(output, batch[1])
+
+
 def _decoder(family: Callable[..., Any], **sizes: Any) -> Model:
     config = family(**sizes)
     return Model(lambda: Decoder(config), _tokens(sizes["vocab"], sizes["sequence"]), losses.cross_entropy)
@@ -86,7 +147,11 @@ MODELS = {
     "gpt": _decoder(gpt, layers=6, hidden=192, heads=6, vocab=2048, sequence=128),
     "llama": _decoder(llama, layers=4, hidden=256, heads=8, kv_heads=4, ffn=704, vocab=2048, sequence=128),
     "moe": _decoder(llama, layers=4, hidden=192, heads=4, ffn=384, vocab=2048, sequence=128, experts=4, topk=2),
-    "cnn": Model(Cnn, _pixels, lambda output, batch: nn.functional.cross_entropy(output, batch[1])),
+    "cnn": Model(Cnn, _pixels, _classified),
+    "wide": _decoder(gpt, layers=3, hidden=320, heads=5, vocab=6000, sequence=96),
+    "deep": _decoder(llama, layers=10, hidden=128, heads=2, ffn=320, vocab=1000, sequence=192),
+    "resnet": Model(ResNet, _pixels, _classified),
+    "encoder": Model(Encoder, _features, _classified),
 }
 _TWO = ["ddp", "ddp microbatches=2", "zero1", "zero2", "fsdp", "fsdp microbatches=2"]
 _CUT = ["tp", "tp sp=on", "cp=2", "1f1b microbatches=4", "gpipe microbatches=4"]
@@ -103,19 +168,23 @@ GROUPS: dict[str, tuple[str, int, int, list[str]]] = {
     "gpt-4": ("gpt", 4, 16, [*_FOUR, "2d tp=2", "dp_replicate=2 pp=2 microbatches=4", "tp=2 dp_replicate=2"]),
     "moe-4": ("moe", 4, 16, _FOUR),
     "cnn-4": ("cnn", 4, 64, _FOUR),
+    "encoder-1": ("encoder", 1, 8, ["single", "microbatches=4"]),
+    "resnet-1": ("resnet", 1, 24, ["single", "microbatches=3"]),
+    "wide-2": ("wide", 2, 12, ["ddp", "zero1", "fsdp", "tp", "1f1b microbatches=3"]),
+    "deep-2": ("deep", 2, 8, ["ddp", "ddp microbatches=2", "fsdp", "tp sp=on", "cp=2"]),
+    "encoder-2": ("encoder", 2, 16, ["ddp", "zero2", "fsdp recompute=full", "tp"]),
+    "resnet-2": ("resnet", 2, 32, ["ddp", "ddp microbatches=4", "fsdp", "1f1b microbatches=4"]),
+    "wide-4": ("wide", 4, 16, ["ddp", "zero2", "hsdp", "2d tp=2"]),
 }
+HELD_OUT = ("encoder-1", "resnet-1", "wide-2", "deep-2", "encoder-2", "resnet-2", "wide-4")
 
 
-def measure(name: str, plans: list[str], rows: int) -> list[dict[str, Any]]:
-    """Seconds of a step (median) and peak live bytes (the most of all ranks) of each plan; run on every rank."""
-    found = []
-    for text in plans:
-        gc.collect()
-        try:
-            found.append({"plan": text} | _measured(MODELS[name], text, rows))
-        except MeshwrightError as error:
-            found.append({"plan": text, "refused": str(error)})
-    return found
+def measure(name: str, text: str, rows: int) -> dict[str, Any]:
+    """Seconds of a step (median) and peak live bytes (the most of all ranks) of a plan; run on every rank."""
+    try:
+        return {"plan": text} | _measured(MODELS[name], text, rows)
+    except MeshwrightError as error:
+        return {"plan": text, "refused": str(error)}
 
 
 def _measured(model: Model, text: str, rows: int) -> dict[str, Any]:
@@ -188,9 +257,9 @@ def predicted(name: str, ranks: int, rows: int, plans: list[str]) -> dict[str, A
 
 
 def group(name: str) -> list[dict[str, Any]]:
-    """Measure one group on fresh ranks."""
+    """Measure one group, each plan on fresh ranks."""
     model, ranks, rows, plans = GROUPS[name]
-    return [line | {"group": name} for line in run_ranks(ranks, measure, model, plans, rows)]
+    return [run_ranks(ranks, measure, model, text, rows) | {"group": name} for text in plans]
 
 
 def expect(lines: list[dict[str, Any]]) -> None:
@@ -222,7 +291,7 @@ def _error(line: dict[str, Any], what: str) -> float:
     return float(line[f"predicted_{what}"] / line[what] - 1)
 
 
-def report(lines: list[dict[str, Any]]) -> dict[str, Any]:
+def report(lines: list[dict[str, Any]], title: str = "summary") -> dict[str, Any]:
     """Medians over all cases and the regret of the planner's choice in each group."""
     whole = [line for line in lines if "seconds" in line and "predicted_seconds" in line]
     regrets = {}
@@ -238,7 +307,7 @@ def report(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "regrets": regrets,
     }
     rows = [[name, plan, f"{regret:.1%}"] for name, (regret, plan) in regrets.items()]
-    table("regret of the planner's choice", ["group", "chosen", "regret"], rows)
+    table(f"{title}: regret of the planner's choice", ["group", "chosen", "regret"], rows)
     print(
         f"\n{found['cases']} cases: seconds {found['seconds_median_error']:.1%} (asked 15 %), bytes"
         f" {found['bytes_median_error']:.1%} (asked 3 %), mean regret {found['mean_regret']:.1%} (asked 5 %)"
@@ -257,7 +326,14 @@ def main() -> None:
     else:
         lines = [line for name in arguments.group or GROUPS for line in group(name)]
     expect(lines)
-    content = record("cpu") | {"probe": probe.load(), "summary": report(lines), "cases": lines}
+    content = record("cpu") | {"probe": probe.load()}
+    for title, mine in (
+        ("summary", [line for line in lines if line["group"] not in HELD_OUT]),
+        ("held_out", [line for line in lines if line["group"] in HELD_OUT]),
+    ):
+        if mine:
+            content[title] = report(mine, title)
+    content["cases"] = lines
     if arguments.json:
         write_json(arguments.json, content)
 

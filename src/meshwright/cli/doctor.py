@@ -48,12 +48,17 @@ def report() -> dict[str, Any]:
     from meshwright.cluster import Cluster, history, probe
 
     runs = history.recall()
-    cluster = Cluster.here()
+    cluster: Cluster | None = None
+    try:
+        cluster = Cluster.here()
+        described = str(cluster)
+    except ConfigError as error:
+        described = f"none: {error}"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cluster": cluster.to_json(),
-        "cluster_text": str(cluster),
+        "cluster": cluster.to_json() if cluster else None,
+        "cluster_text": described,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cores": os.cpu_count(),
         "backends": [name for name in ("gloo", "nccl", "mpi") if _has_backend(name)],
@@ -119,7 +124,11 @@ def _show(found: dict[str, Any]) -> None:
         print(f"measured: {best / 1e9:,.1f} GFLOP/s, {memory:,.1f} GB/s memory, kept in {found['probe_file']}")
         print(f"  a kernel takes {measured['kernel_s'] * 1e6:.1f} us, disk writes {measured['disk_bytes_per_s'] / 1e6:,.0f} MB/s")
         for size, rate in measured.get("collectives", {}).items():
-            print(f"  {size} ranks: a ring's step {rate['latency_s'] * 1e6:,.0f} us, {rate['bytes_per_s'] / 1e9:.2f} GB/s")
+            for n, kinds in rate["groups"].items():
+                lines = [
+                    f"{kind} {at['latency_s'] * 1e6:,.0f} us + {at['bytes_per_s'] / 1e9:.2f} GB/s" for kind, at in kinds.items()
+                ]
+                print(f"  {size} ranks, groups of {n}: {', '.join(lines)}")
     if found["runs"]:
         shown = {what: found[f"error_{what}"] for what in ("seconds", "bytes")}
         text = ", ".join(f"{what} {value:.1%}" for what, value in shown.items() if value is not None)

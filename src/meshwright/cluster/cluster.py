@@ -14,7 +14,7 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from meshwright.cluster.catalog import find
 from meshwright.errors import ConfigError
@@ -62,6 +62,10 @@ class Device:
         raise ConfigError(f"device {self.name} has no peak rate for {dtype}")
 
 
+Timed: TypeAlias = tuple[str, int, tuple[tuple[float, float], ...]]
+"""A collective's name, the ranks of its group, and (bytes, seconds) from small to large."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """`nodes` hosts of `per_node` equal devices. Prints as its text and round-trips through JSON.
@@ -79,6 +83,8 @@ class Cluster:
     domain: int = 0
     text: str = ""
     peer_s: float = 0.0
+    timed: tuple[Timed, ...] = ()
+    """Collectives as a probe found them between computations; where there are any, they replace what the links would give."""
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for a cluster without devices or with a link that carries nothing."""
@@ -145,6 +151,9 @@ class Cluster:
             for name in ("peak", "rates"):
                 device[name] = tuple((str(key), float(value)) for key, value in device.get(name, ()))
             links = {name: Link(**loaded.pop(name)) for name in ("intra", "inter")}
+            loaded["timed"] = tuple(
+                (str(op), int(n), tuple((float(b), float(s)) for b, s in at)) for op, n, at in loaded.get("timed", ())
+            )
             return Cluster(device=Device(**device), intra=links["intra"], inter=links["inter"], **loaded)
         except (TypeError, KeyError, ValueError) as error:
             raise ConfigError(f"this is not a saved cluster: {error}") from error

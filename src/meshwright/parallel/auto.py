@@ -20,7 +20,7 @@ from meshwright.blueprint.inspection import inspect
 from meshwright.blueprint.record import Blueprint
 from meshwright.blueprint.sample import ForwardFn, LossFn, batch_items, reading
 from meshwright.cluster import Cluster
-from meshwright.errors import MeshwrightError, PlanError
+from meshwright.errors import ConfigError, MeshwrightError, PlanError
 from meshwright.parallel.apply import refuse_unavailable
 from meshwright.parallel.parameters import collect
 from meshwright.parallel.partitioned import Partition
@@ -87,6 +87,11 @@ def choose(
     fallback = dataclasses.replace(asked, dp_shard=ranks) if ranks > 1 and "dp_shard" not in names else asked
     if not blueprint.captured:
         return fallback, None
+    try:
+        cluster = Cluster.here(ranks)
+    except ConfigError as error:
+        logging.getLogger("meshwright").warning("auto can't compare plans, so it takes %s: %s", fallback, error)
+        return fallback, None
     fixed = {name: getattr(asked, name) for name in names if name not in ("precision", "compile")}
     fixed.setdefault("offload", "none")
     whole = {"tp": 1, "cp": 1, "pp": 1}
@@ -94,7 +99,7 @@ def choose(
         try:
             found = search(
                 blueprint,
-                Cluster.here(ranks),
+                cluster,
                 global_batch,
                 asked.precision,
                 top=_TRIED,

@@ -65,7 +65,7 @@ class _LogSoftmax(torch.autograd.Function):
         (result,) = ctx.saved_tensors
         (gradient,) = gradients
         total = all_reduce(gradient.sum(ctx.dim, keepdim=True), ctx.axis)
-        return gradient - result.exp().mul_(total), None, None
+        return result.exp().mul_(total).neg_().add_(gradient), None, None  # in place: logits are the largest there is
 
 
 class ClassLoss(Collective):

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 from meshwright.plan.constants import constants
 from meshwright.plan.graph import Size
+from meshwright.plan.live import Moment
 from meshwright.plan.memory import widths
 from meshwright.plan.plan import Plan, moved, offloads
 from meshwright.plan.profile import UnitProfile, degree
-from meshwright.plan.time import Split
+from meshwright.plan.time import Split, exchanges_heads
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,19 @@ class UnitBytes:
     kept: float
     forward: float
     backward: float
+    ends: float = 0.0
+    """Of what is kept, that which is gone before the backward of the blocks begins."""
 
 
 def unit_bytes(unit: UnitProfile, split: Split, element: float) -> UnitBytes:
     """Bytes of one micro-batch under `split`; `element` converts captured bytes to those of the dtype that runs."""
     every = _kept(unit, split, "none") * element
     kept = _kept(unit, split, split.recompute) * element
-    forward = _moment(unit.working_forward, split) * element
-    backward = _moment(unit.working_backward, split) * element
+    forward = max((_moment(moment, split) for moment in unit.forward_moments), default=0.0) * element
+    backward = max((_moment(moment, split) for moment in unit.backward_moments), default=0.0) * element
     if split.recompute == "full" or split.recompute == "selective":
         backward += every - kept
-    return UnitBytes(kept, forward, backward)
+    return UnitBytes(kept, forward, backward, _kept(unit, split, "none", ends=True) * element)
 
 
 def chunk_bytes(unit: UnitProfile, split: Split, element: float) -> UnitBytes:
@@ -41,11 +44,12 @@ def chunk_bytes(unit: UnitProfile, split: Split, element: float) -> UnitBytes:
     whole = unit_bytes(unit, split, element)
     if split.chunks == 1:
         return whole
-    kept = _kept(replace(unit, kept=tuple(each for each in unit.kept if not each.units)), split, "none") * element
-    return UnitBytes(kept, whole.forward / split.chunks, (whole.backward + whole.kept - kept) / split.chunks)
+    outside = replace(unit, kept=tuple(each for each in unit.kept if not each.units))
+    kept, ends = (_kept(outside, split, "none", ends) * element for ends in (False, True))
+    return UnitBytes(kept, whole.forward / split.chunks, (whole.backward + whole.kept - kept) / split.chunks, ends)
 
 
-def _kept(unit: UnitProfile, split: Split, recompute: str) -> float:
+def _kept(unit: UnitProfile, split: Split, recompute: str, ends: bool = False) -> float:
     sequence = split.tp if split.sp else 1
     if recompute == "full" and unit.entry[1]:
         return _at(unit.entry, split) / sequence
@@ -53,16 +57,19 @@ def _kept(unit: UnitProfile, split: Split, recompute: str) -> float:
         return _kept(unit, split, "none") * unit.spared
     total = 0.0
     for kept in unit.kept:
-        if kept.core and recompute == "selective":
+        if (kept.core and recompute == "selective") or (ends and not kept.ends):
             continue
         share = degree(split.tp, kept.units) if kept.units else 1 if kept.enters else sequence
         if kept.experts and kept.units:
             share = max(share, sequence)
         total += _at(kept.size, split) / share
+    if split.cp > 1 and unit.query[1] and not ends and (recompute == "none"):  # beside this rank's positions, what attention read
+        read = _at(unit.kv, split) * (split.cp - 1)
+        total += (_at(unit.query, split) + _at(unit.kv, split) if exchanges_heads(unit, split.cp) else read) / split.tp
     return total
 
 
-def _moment(working: tuple[tuple[Size, int], ...], split: Split) -> float:
+def _moment(working: Moment, split: Split) -> float:
     sequence = split.tp if split.sp else 1
     return sum(_at(size, split) / (degree(split.tp, units) if units else sequence) for size, units in working)
 
@@ -96,9 +103,13 @@ class States:
     gradients: float
     optimizer: float
     gathered: float
-    """Parameters gathered, and gradients whole, for a moment (zero=2 and zero=3)."""
+    """Parameters gathered, and gradients whole, while the backward of the blocks runs (zero=2 and zero=3)."""
     host: float = 0.0
     """What `offload=` puts in the host's memory."""
+    awake: float = 0.0
+    """Parameters gathered when the loss is computed: what is outside the blocks, and the block that has just run (zero=3)."""
+    opened: float = 0.0
+    """Gradients that are there when the first block's backward runs: those so far, or the bucket that they are put into."""
 
 
 def states(plan: Plan, elements: Elements, width: int, on_host: bool = False) -> States:
@@ -114,17 +125,21 @@ def states(plan: Plan, elements: Elements, width: int, on_host: bool = False) ->
     whole, part = elements.total, elements.dense / shard + elements.experts / experts_shard
     trained = elements.trained
     compute = 2 if plan.precision != "fp32" else width
-    gathered = 0.0
+    gathered = awake = 0.0
     if zero == 3 and plan.pp > 1:  # gathered once a step and kept through it
-        gathered = compute * whole + gradient * whole / 8
+        gathered, awake = compute * whole + gradient * whole / 8, compute * whole
     elif zero == 3:
         gathered = compute * (elements.outside + 2 * elements.largest_block) + gradient * max(
             elements.largest_block, elements.outside
         )
+        awake = compute * (elements.outside + elements.largest_block)
     elif zero == 2:
         gathered = gradient * max(whole / 16, elements.outside / 2 if elements.outside else 0.0) * 2
     elif units:  # from the host, block by block
-        gathered = compute * (elements.outside + 2 * elements.largest_block)
+        gathered = awake = compute * (elements.outside + 2 * elements.largest_block)
+    opened = gradient * elements.outside
+    if shard * plan.dp_replicate * plan.cp > 1 and zero < 2:
+        opened = max(opened, min(gradient * whole, BUCKET_BYTES))
     gradients = trained * gradient * (part if zero >= 2 else whole)
     if plan.update == "backward" and plan.microbatches == 1:  # two units' at a time
         gradients = min(gradients, trained * gradient * 2 * max(elements.largest_block, elements.outside))
@@ -137,7 +152,12 @@ def states(plan: Plan, elements: Elements, width: int, on_host: bool = False) ->
         if item.what in kept and (item.directory is not None or not on_host) and (item.what == "optimizer" or units):
             host += 0.0 if item.directory else item.fraction * kept[item.what]
     here = {what: nbytes * (1.0 - moved(plan.offload, what, on_host)) for what, nbytes in kept.items()}
-    return States(here["params"] if units else kept["params"], gradients, here["optimizer"], gathered, host)
+    opened = min(opened / (shard if zero >= 2 else 1), gradients)
+    return States(here["params"] if units else kept["params"], gradients, here["optimizer"], gathered, host, awake, opened)
+
+
+BUCKET_BYTES = 25 * 2**20
+"""Of the flat buckets that gradients are reduced in (`parallel/buckets.py`)."""
 
 
 def communicators(plan: Plan) -> int:

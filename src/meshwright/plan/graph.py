@@ -36,6 +36,8 @@ class Graph:
     kernels: list[Kernel]
     root: dict[int, int]
     size: dict[int, Size]
+    outer: set[int] = field(default_factory=set)
+    """Gradients that come from outside: read in the backward, made and read nowhere before."""
     inside: set[int] = field(default_factory=set)
     """Values that live only inside a kernel: never in memory."""
     cut: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -53,6 +55,8 @@ def build(unit: Unit, mode: str) -> Graph:
     root, size = _values(ops, mode)
     groups = _groups(ops, len(unit.forward), root, mode)
     graph = Graph(ops, len(unit.forward), [], root, size)
+    made = {value for op in ops for value in op.outputs} | {value for op in unit.forward for value in op.inputs}
+    graph.outer = {root[value] for op in unit.backward for value in op.inputs if value not in made}
     _cuts(graph, unit)
     users: dict[int, set[int]] = {}
     for index, op in enumerate(ops):
@@ -73,7 +77,8 @@ def _values(ops: tuple[Op, ...], mode: str) -> tuple[dict[int, int], dict[int, S
         inputs = [root.setdefault(value, value) for value in op.inputs]
         # Fused stacks take fewer key heads than query heads, and attention's result as it lies.
         expands = mode == "fused" and op.name.startswith("aten.clone") and _beside_attention(op, producer, root)
-        if (is_view(op) or expands) and inputs:
+        in_place = mode == "eager" and op.name.split(".")[1].endswith("_")  # one storage under another number
+        if (is_view(op) or expands or in_place) and inputs:
             for value in op.outputs:
                 root[value] = inputs[0]
             continue

@@ -89,3 +89,8 @@ def in_flight(schedule: str, virtual: int, stages: int, micro: int, rank: int) -
     if schedule == "dualpipev":
         return float(min(micro, stages + 0.5))
     return float(min(micro, stages - rank))
+
+
+def all_forward(schedule: str, stages: int) -> bool:
+    """Whether every micro-batch's loss is there before the first backward."""
+    return stages > 1 and schedule in ("gpipe", "looped_bfs")

@@ -15,12 +15,12 @@ from meshwright.blueprint.record import Blueprint
 from meshwright.cluster import Cluster
 from meshwright.errors import ModelError, PlanError
 from meshwright.plan import pipeline
-from meshwright.plan.collectives import Group, all_reduce, gather, group, send
+from meshwright.plan.collectives import all_reduce, gather, group, scatter, send
 from meshwright.plan.constants import constants
 from meshwright.plan.footprint import Elements, States, UnitBytes, chunk_bytes, outside_allocator, states, unit_bytes
 from meshwright.plan.memory import widths
 from meshwright.plan.plan import Plan, moved, offloads
-from meshwright.plan.prediction import Prediction
+from meshwright.plan.prediction import Prediction, bound
 from meshwright.plan.profile import Profile, profile
 from meshwright.plan.recompute import Step, budget_bytes, shared_out, steps
 from meshwright.plan.stages import balance, place
@@ -43,10 +43,12 @@ FULL_STORAGE = 12.0
 """Bytes per parameter of a full-precision weight and Adam's two states, which `constants.toml`'s optimizer traffic is for."""
 
 
-Need = tuple[float, float, float]
-"""Bytes on a device besides activations while the first backward runs, all of them after the backward, and room on its host."""
-Moment = tuple[float, float, float]
-"""Bytes kept for backward, bytes alive beside them for a moment, and how many of the first may move to the host."""
+Need = tuple[float, float, float, float]
+"""Bytes on a device besides activations at the loss and while the first block's backward runs, all of them after the backward, and
+room on its host.
+"""
+Moment = tuple[float, float, float, float]
+"""Bytes kept for backward, beyond them at the loss and at the worst of the blocks' backward, and how many of these may leave."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Stage:
     kinds: tuple[int, ...]
     before: bool
     after: bool
+    later: tuple[tuple[int, ...], ...] = ()
+    """For each kind, the calls by kind after its last one: what its backward finds freed."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,8 @@ class Units:
     sizes: list[UnitBytes]
     busy: dict[int, tuple[float, float, float]] = field(default_factory=dict)
     """Seconds of a stage's forward, of its backward but for weights' gradients, and of these."""
-    saved: dict[int, tuple[float, float, float]] = field(default_factory=dict)
-    """Bytes that a stage keeps of each micro-batch, of the last one beside, and that are alive for a moment."""
+    saved: dict[int, tuple[float, float, float, float]] = field(default_factory=dict)
+    """Bytes that a stage keeps of each micro-batch, those of a loss beside, and what is alive beyond them at the two moments."""
     steps: dict[int, list[Step]] = field(default_factory=dict)
     """Where these are of full recompute: what a budget takes for a stage, best first."""
 
@@ -102,18 +106,21 @@ class Units:
             self.busy[id(stage)] = f, b, w
         return self.busy[id(stage)]
 
-    def keep(self, stage: Stage) -> tuple[float, float, float]:
+    def keep(self, stage: Stage) -> tuple[float, float, float, float]:
         """`saved` of a stage."""
         if id(stage) not in self.saved:
-            kept = working = ends = 0.0
-            for size, count in zip(self.sizes, [*stage.kinds, int(stage.before), 0], strict=True):
+            *blocks, before, after = self.sizes
+            kept = sum(count * size.kept for size, count in zip(blocks, stage.kinds, strict=True) if count)
+            worst = []
+            for size, count, later in zip(blocks, stage.kinds, stage.later, strict=True):
                 if count:
-                    kept += count * size.kept
-                    working = max(working, size.forward, size.backward)
-            if stage.after:
-                ends = self.sizes[-1].kept
-                working = max(working, self.sizes[-1].forward, self.sizes[-1].backward)
-            self.saved[id(stage)] = kept, ends, working
+                    freed = sum(number * other.kept for other, number in zip(blocks, later, strict=True) if number)
+                    worst.append(max(size.forward, size.backward) - freed)
+            if stage.before:
+                worst.append(max(before.forward, before.backward) - kept)
+            block = max(worst, default=0.0) - (after.ends if stage.after else 0.0)
+            ends, loss = (after.kept, max(after.forward, after.backward)) if stage.after else (0.0, 0.0)
+            self.saved[id(stage)] = kept + (before.kept if stage.before else 0.0), ends, loss, block
         return self.saved[id(stage)]
 
 
@@ -129,6 +136,7 @@ class Pricer:
         self.slack = 0.0 if self.kernels == "cpu" else float(constants()["memory"]["slack"])
         self.flat_gradients = shape.mode != "eager"
         """Gradients lie in buffers that live from step to step."""
+        self.share = dict(cluster.device.rates).get("share", 1.0)
         self._units: dict[Split, Units] = {}
         self._stages: dict[tuple[int, str, int, str], list[Stage]] = {}
         self._balanced: dict[int, list[int]] = {}
@@ -184,11 +192,11 @@ class Pricer:
             found = []
             for rank in range(plan.pp):
                 mine = [pipeline.owner(plan.schedule, plan.pp, chunk, rank) for chunk in range(held)]
-                counts = [0] * len(self.shape.kinds)
-                for index in mine:
-                    for kind in calls[ends[index - 1] if index else 0 : ends[index]]:
-                        counts[kind] += 1
-                found.append(Stage(tuple(counts), 0 in mine, total - 1 in mine))
+                here = [kind for index in mine for kind in calls[ends[index - 1] if index else 0 : ends[index]]]
+                every = range(len(self.shape.kinds))
+                last = [max((at for at, kind in enumerate(here) if kind == one), default=-1) for one in every]
+                later = tuple(tuple(here[at + 1 :].count(kind) for kind in every) for at in last)
+                found.append(Stage(tuple(map(here.count, every)), 0 in mine, total - 1 in mine, later))
             same = {stage: stage for stage in found}  # one object for equal stages: they are looked up by identity
             self._stages[key] = [same[stage] for stage in found]
         return self._stages[key]
@@ -302,17 +310,21 @@ class Pricer:
         for rank in ranks:
             stage = stages[rank]
             flight = pipeline.in_flight(plan.schedule, plan.virtual, plan.pp, plan.microbatches, rank)
-            saved, ends, working = units.keep(stage)
+            saved, ends, loss, block = units.keep(stage)
             if budget is not None:
                 saved += self._spared(budget, stage, units, split, flight)[0]
             kept = flight * saved + ends
+            if pipeline.all_forward(
+                plan.schedule, plan.pp
+            ):  # every loss is there first; every gradient, once a micro-batch is through
+                loss, block = loss + (flight - 1) * ends, block - saved
             least = min(kept, 2 * saved / max(1, sum(stage.kinds)) + ends)
-            found.append((kept, working, away * (kept - least)))
+            found.append((kept, loss, block, away * (kept - least)))
         return found
 
     def _spared(self, budget: int, stage: Stage, full: Units, split: Split, flight: float) -> tuple[float, float]:
         """Bytes that a stage keeps of each micro-batch beyond full recompute within a budget, and seconds of backward spared."""
-        saved, ends, _ = full.keep(stage)
+        saved, ends, *_ = full.keep(stage)
         if id(stage) not in full.steps:
             free, blocks = self.units(replace(split, recompute="none")), []
             for kind, count in enumerate(stage.kinds):
@@ -328,15 +340,19 @@ class Pricer:
 
     def needs(self, plan: Plan, held: States) -> Need:
         """What the device and its host hold besides activations."""
-        always = held.parameters + held.optimizer + held.gathered * (1 + self.slack) + outside_allocator(plan, self.kernels)
-        first = always + (held.gradients if self.whole_gradients(plan) else 0.0)
-        return first, always + held.gradients, self.cluster.device.host_memory_bytes - held.host
+        always = held.parameters + held.optimizer + outside_allocator(plan, self.kernels)
+        whole, slack = self.whole_gradients(plan), 1 + self.slack
+        loss = always + held.awake * slack + (held.gradients if whole and not pipeline.all_forward(plan.schedule, plan.pp) else 0.0)
+        block = always + held.gathered * slack + (held.gradients if whole else held.opened)
+        after = always + held.gathered * slack + held.gradients
+        return loss, block, after, self.cluster.device.host_memory_bytes - held.host
 
     def fits(self, needs: Sequence[Need], moments: Sequence[Moment]) -> bool:
         """Whether some ranks have what they need."""
         capacity, slack = self.cluster.device.memory_bytes, 1 + self.slack
-        for (first, after, room), (kept, working, movable) in zip(needs, moments, strict=True):
-            if room < 0 or after > capacity or first + (kept - min(movable, room) + working) * slack > capacity:
+        for (loss, block, after, room), (kept, at_loss, at_block, movable) in zip(needs, moments, strict=True):
+            here = kept - min(movable, room)
+            if room < 0 or max(after, loss + (here + at_loss) * slack, block + (here + at_block) * slack) > capacity:
                 return False
         return True
 
@@ -346,8 +362,9 @@ class Pricer:
         By rank: what `needs` says, and activations with everything and with nothing recomputed.
         """
         capacity, room = self.cluster.device.memory_bytes, float("inf")
-        for (first, after, host), (low, working, _), (high, *_) in zip(needs, least, most, strict=True):
-            can = (capacity - first) / (1 + self.slack) - working
+        slack = 1 + self.slack
+        for (loss, block, after, host), (low, at_loss, at_block, _), (high, *_) in zip(needs, least, most, strict=True):
+            can = min((capacity - loss) / slack - at_loss, (capacity - block) / slack - at_block)
             if host < 0 or after > capacity or can < low:
                 return None
             if can < high:
@@ -371,19 +388,18 @@ class Pricer:
         return self.flat_gradients or plan.microbatches > 1 or plan.pp > 1
 
     def _moments(self, plan: Plan, held: States, moment: Moment) -> dict[str, float]:
-        """The worst of two moments: the first backward with every activation there, and after the backward with every gradient."""
-        first, after, room = self.needs(plan, held)
-        kept, working, movable = moment
-        kept -= min(movable, max(0.0, room))
-        parts = {"parameters": held.parameters, "gradients": held.gradients, "optimizer": held.optimizer}
-        if first + (kept + working) * (1 + self.slack) >= after:
-            parts |= {
-                "gradients": held.gradients if self.whole_gradients(plan) else 0.0,
-                "activations": kept,
-                "temporary": working + held.gathered,
-            }
-        else:
-            parts |= {"activations": 0.0, "temporary": held.gathered}
+        """The worst of three moments: the loss, the first block's backward, and after the backward with every gradient."""
+        kept, at_loss, at_block, movable = moment
+        kept -= min(movable, max(0.0, self.cluster.device.host_memory_bytes - held.host))
+        whole, slack = self.whole_gradients(plan), 1 + self.slack
+        found = (
+            (held.gradients if whole and not pipeline.all_forward(plan.schedule, plan.pp) else 0.0, kept, at_loss + held.awake),
+            (held.gradients if whole else held.opened, kept + min(0.0, at_block), max(0.0, at_block) + held.gathered),
+            (held.gradients, 0.0, held.gathered),
+        )
+        gradients, activations, temporary = max(found, key=lambda each: each[0] + (each[1] + each[2]) * slack)
+        parts = {"parameters": held.parameters, "gradients": gradients, "optimizer": held.optimizer}
+        parts |= {"activations": activations, "temporary": temporary}
         return parts | {"peak": sum(parts.values())}
 
     def _ranks(self, plan: Plan, split: Split, ranks: Iterable[int]) -> list[tuple[float, float, float]]:
@@ -419,6 +435,8 @@ class Pricer:
         cost = {name: micro * seconds for name, seconds in parts.items()}
         cost["pp_comm"] = micro * 2 * sent
         cost["compute"] = micro * (whole[busiest] - 2 * sent - sum(parts.values()))
+        if self.share < 1:  # ranks share cores: while one waits, others have more of them
+            span = max(micro * whole[busiest], span * self.share)
         cost["bubble"] = span - micro * whole[busiest]
         most = max((self.elements(plan, stages[rank]) for rank in self.heads(plan)), key=lambda e: e.total)
         return Base(span, cost, most, stages[busiest], split, backward[busiest] + weight[busiest], whole[busiest])
@@ -466,16 +484,12 @@ class Pricer:
         if plan.shards == 1:
             shard, replicate = self.group(1, inner), self.group(plan.dp_replicate * plan.cp, plan.tp)
         once = all_reduce(replicate, width * gradients / shard.n)
-        scatter = self._scatter(shard, width * gradients)
+        parted = scatter(shard, width * gradients)
         each = plan.microbatches if plan.zero >= 2 and plan.dp_shard > 1 else 1
         window = float(table["window"]) * backward
-        sent = once + each * scatter
+        sent = once + each * parted
         hidden = min(sent, window * each)
         return sent - (1 - slow) * hidden + gather(shard, live * gradients)
-
-    def _scatter(self, shard: Group, size: float) -> float:
-        """Seconds of a reduce-scatter of `size` bytes; gloo, what ranks on CPUs talk through, makes it of an all-reduce."""
-        return all_reduce(shard, size) if self.cluster.device.kernels == "cpu" else gather(shard, size)
 
     def _fully_sharded(self, plan: Plan, stage: Stage, times: Sequence[UnitTime], slow: float) -> float:
         """FSDP: each block's parameters come while the one before computes, its gradients leave while the next one does."""
@@ -487,19 +501,22 @@ class Pricer:
             if not count:
                 continue
             size = sum(self.shape.kinds[kind].weights.local(plan.tp, plan.ep))
-            come, leave = gather(shard, live * size), self._scatter(shard, width * size)
+            come, leave = gather(shard, live * size), scatter(shard, width * size)
             leave += all_reduce(replicate, width * size / shard.n) / plan.microbatches
             f, b = times[kind].total_forward, times[kind].total_backward
             total += count * (max(0.0, come - f) + slow * min(come, f))
             total += count * (max(0.0, come + leave - b) + slow * min(come + leave, b))
             first = come + leave
         elements = self.elements(plan, stage)
-        outside = gather(shard, live * elements.outside) + self._scatter(shard, width * elements.outside)
+        outside = gather(shard, live * elements.outside) + scatter(shard, width * elements.outside)
         return plan.microbatches * (total + first) + plan.microbatches * outside
 
     def _optimizer(self, plan: Plan, most: Elements) -> float:
         table = constants()["step"]
-        seconds = 0.0 if self.on_host else table["fixed_ms"] * 1e-3
+        seconds = table["fixed_ms"] * 1e-3
+        if self.on_host:  # of a step outside of kernels, the one collective that carries norm and loss
+            alone = plan.shards == plan.tp == plan.pp == 1
+            seconds = 0.0 if alone else all_reduce(self.group(self.cluster.devices, 1), 64.0)
         here = self._divided(plan, most) * (1.0 - moved(plan.offload, "optimizer", self.on_host))
         each = table["optimizer_bytes"] + 2 * (self._stored(plan) - FULL_STORAGE)
         return float(seconds + here * each / self.cluster.device.memory_bytes_per_s)
@@ -563,7 +580,7 @@ class Pricer:
             reserved_bytes=reserved,
             device_bytes=on_device,
             capacity_bytes=float(device.memory_bytes),
-            bound="memory" if not fits else _bound(seconds, step),
+            bound="memory" if not fits else bound(seconds, step),
             price_per_hour=devices * device.price,
             micro_batch=items,
             heaviest_rank=heaviest,
@@ -579,12 +596,3 @@ class Pricer:
         counts = [self.shape.calls.count(kind) for kind in range(len(self.shape.kinds))] + [1, 1]
         per_rank = sum(unit.hardware_flops * count for unit, count in zip(times, counts, strict=True))
         return per_rank * plan.microbatches * plan.degree_product() / plan.pp
-
-
-def _bound(seconds: dict[str, float], step: float) -> str:
-    """What a faster plan would have to shorten."""
-    wires = sum(seconds[name] for name in ("tp_comm", "cp_comm", "ep_comm", "pp_comm", "dp_comm_exposed"))
-    kinds = {"compute": seconds["compute"], "bandwidth": wires, "bubble": seconds["bubble"], "offload": seconds["offload"]}
-    if kinds["compute"] < 0.7 * step:
-        kinds["compute"] = 0.0
-    return max(kinds, key=kinds.__getitem__) if any(kinds.values()) else "compute"

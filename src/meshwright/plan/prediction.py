@@ -67,3 +67,12 @@ class Prediction:
         speed = f"{self.step_seconds:.4g} s a step, {self.tokens_per_second_per_device:,.0f} tokens/s a device, MFU {self.mfu:.1%}"
         memory = f"{gb:.2f} GB live, {self.device_bytes / 1e9:.2f} GB on the device ({fits})"
         return f"{self.plan}: {speed}; {memory}; bound by {self.bound}"
+
+
+def bound(seconds: dict[str, float], step: float) -> str:
+    """What a faster plan would have to shorten."""
+    wires = sum(seconds[name] for name in ("tp_comm", "cp_comm", "ep_comm", "pp_comm", "dp_comm_exposed"))
+    kinds = {"compute": seconds["compute"], "bandwidth": wires, "bubble": seconds["bubble"], "offload": seconds["offload"]}
+    if kinds["compute"] < 0.7 * step:
+        kinds["compute"] = 0.0
+    return max(kinds, key=kinds.__getitem__) if any(kinds.values()) else "compute"

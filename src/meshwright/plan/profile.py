@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from meshwright.blueprint.record import Blueprint, Op, ParameterRecord, Saved, Unit
 from meshwright.plan.graph import Graph, Kernel, Size, build, is_view, saved_root
+from meshwright.plan.live import Beside, Moment, across_calls, moments
 from meshwright.plan.recompute import Front, hull, repeated, selective, unit_costs
 from meshwright.plan.stages import CPU, GPU, cell_seconds
 
@@ -29,6 +30,7 @@ class Product:
     experts: bool
     weight: bool
     conv: bool = False
+    backward: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,8 @@ class Phase:
     attentions: list[Attend] = field(default_factory=list)
     streams: dict[tuple[int, bool, bool], list[int]] = field(default_factory=dict)  # [fixed bytes, bytes per item, kernels]
     launches: int = 0
+    made: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    """How many results there are by (fixed bytes, bytes per item, units)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,8 @@ class Kept:
     experts: bool
     enters: bool = False
     """Read by a region's first products: under sequence parallelism gathered before, and kept gathered by eager stacks."""
+    ends: bool = False
+    """Made after the last block: gone when the blocks' backward begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,8 @@ class Exchange:
     units: int
     forward: Size
     backward: Size
+    loss: bool = False
+    """The region ends in a loss over cut classes, whose largest, sum, pick and gradient's sum are all-reduced row by row."""
 
 
 @dataclass(frozen=True)
@@ -118,15 +126,16 @@ class UnitProfile:
     exchanges: tuple[Exchange, ...]
     weights: Weights
     entry: Size
-    working_forward: tuple[tuple[Size, int], ...]
-    working_backward: tuple[tuple[Size, int], ...]
+    forward_moments: tuple[Moment, ...]
+    backward_moments: tuple[Moment, ...]
     routed: Size
     kv: Size
+    query: Size
+    """Bytes of attention's queries; 0 for hand-fused stacks, which pass keys and values around a ring."""
     attention: bool
     spared: float | None = None
     front: Front = ((0.0, 1.0), (1.0, 0.0))
     """What `recompute=budget=` chooses from (`plan/recompute.hull`); a hand-fused stack recomputes whole blocks."""
-    peaks: tuple[object, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -172,9 +181,12 @@ def degree(tp: int, units: int) -> int:
 
 def profile(blueprint: Blueprint, mode: str = "eager") -> Profile:
     """Boil a captured blueprint down; `mode` is `eager`, `fused` or `compiled` (see `graph.py`)."""
-    kinds = tuple(_unit(unit, mode, blueprint, None) for unit in blueprint.kinds)
-    before, after = (_unit(blueprint.rest, mode, blueprint, side) for side in (False, True))
     calls = tuple(call.kind for call in blueprint.calls)
+    beside = [Beside()] * len(blueprint.kinds)
+    for kind, at in zip(calls, across_calls(build(blueprint.rest, mode), len(calls)), strict=True):
+        beside[kind] = max(beside[kind], at, key=lambda one: (one.passing, len(one.waiting)))
+    kinds = tuple(_unit(unit, mode, blueprint, None, at) for unit, at in zip(blueprint.kinds, beside, strict=True))
+    before, after = (_unit(blueprint.rest, mode, blueprint, side) for side in (False, True))
     items = (1, 2)
     forward = [blueprint.forward_flops(n) + blueprint.backward_flops(n) for n in items]
     shared = {p.shared_with for p in blueprint.rest.parameters if p.shared_with}
@@ -205,7 +217,7 @@ def profile(blueprint: Blueprint, mode: str = "eager") -> Profile:
     )
 
 
-def _unit(unit: Unit, mode: str, blueprint: Blueprint, after: bool | None) -> UnitProfile:
+def _unit(unit: Unit, mode: str, blueprint: Blueprint, after: bool | None, beside: Beside | None = None) -> UnitProfile:
     """One unit; `after` picks the side of the blocks for what runs outside them (None: a block)."""
     graph = build(unit, mode)
     here, sequence = _here(unit, after, len(blueprint.calls)), blueprint.sequence
@@ -228,28 +240,29 @@ def _unit(unit: Unit, mode: str, blueprint: Blueprint, after: bool | None) -> Un
             target = weight if op.kind == "matmul" and op.written_bytes.per_item == 0 and op.written_bytes.fixed else backward
             _add(target, kernel, graph, unit, expert_ops, sequence)
     exchanges = tuple(
-        Exchange(region.units, _pair(region.reduced_bytes), _backward_bytes(region))
+        Exchange(region.units, _pair(region.reduced_bytes), _backward_bytes(region), region.open_ended)
         for region in unit.regions
         if any(here(unit.forward[op]) for op in region.ops[:1]) and not region.experts
     )
-    moved = _working(graph, here, blueprint.device == "cpu")
+    kept, held = _kept(unit, graph, mode, core, expert_ops, here, len(blueprint.calls) if after else 0)
+    worst = moments(unit, graph, here, held, blueprint.device == "cpu", beside)
     return UnitProfile(
         forward=forward,
         backward=backward,
         weight=weight,
         recomputed=recomputed,
-        kept=_kept(unit, graph, mode, core, expert_ops, here),
+        kept=kept,
         exchanges=exchanges,
         weights=_weights(unit, here, after),
         entry=_entry(unit) if after is None else (0, 0),
-        working_forward=moved[0],
-        working_backward=moved[1],
+        forward_moments=worst[0],
+        backward_moments=worst[1],
         routed=_routed(unit),
         kv=_kv(unit, graph),
+        query=(0, 0) if mode == "fused" else _query(unit, graph),
         attention=any(op.kind == "attention" for op in unit.forward) or bool(core),
         spared=choice.bytes / costs.saved if choice is not None and costs.saved else None,
         front=hull(costs) if choice is not None else UnitProfile.front,
-        peaks=(unit.forward_peak, unit.backward_peak) if after is None and mode == "eager" else None,
     )
 
 
@@ -278,6 +291,8 @@ def _add(phase: Phase, kernel: Kernel, graph: Graph, unit: Unit, experts: set[in
     phase.launches += 1
     routed = index in experts
     units = _units(op, graph, unit)
+    result = (op.written_bytes.fixed, op.written_bytes.per_item, units)
+    phase.made[result] = phase.made.get(result, 0) + 1
     if op.matmul is not None:
         product = Product(
             dims=tuple(_pair(c) for c in op.matmul),  # type: ignore[arg-type]
@@ -328,6 +343,7 @@ def _conv(op: Op) -> Product:
         experts=False,
         weight=True,
         conv=True,
+        backward=op.forward_op >= 0,
     )
 
 
@@ -383,8 +399,13 @@ def _core(unit: Unit) -> set[int]:
     return core
 
 
-def _kept(unit: Unit, graph: Graph, mode: str, core: set[int], experts: set[int], here) -> tuple[Kept, ...]:  # type: ignore[no-untyped-def]
-    """What backward keeps: as captured, less what a fused kernel computes again from what is kept anyway."""
+def _kept(  # type: ignore[no-untyped-def]
+    unit: Unit, graph: Graph, mode: str, core: set[int], experts: set[int], here, n_calls: int
+) -> tuple[tuple[Kept, ...], dict[int, Size]]:
+    """What backward keeps: as captured, less what a fused kernel computes again from what is kept anyway.
+
+    Beside it the bytes of what is made here, by root. `n_calls`, for what runs after the blocks: their number.
+    """
     kept: list[Kept] = []
     sizes: dict[int, Size] = {}
     for saved in unit.saved:
@@ -411,10 +432,11 @@ def _kept(unit: Unit, graph: Graph, mode: str, core: set[int], experts: set[int]
         enters = units == 0 and any(
             s >= 0 and unit.forward[s].region >= 0 and unit.forward[s].matmul is not None for s in saved.savers
         )
-        kept.append(Kept(size, units, in_core, saved.role == "input", saved.producer in experts, enters and mode != "fused"))
+        ends = bool(n_calls) and saved.position >= n_calls
+        kept.append(Kept(size, units, in_core, saved.role == "input", saved.producer in experts, enters and mode != "fused", ends))
     if mode != "eager":
         kept += _reread(unit, graph, sizes, here)
-    return tuple(kept)
+    return tuple(kept), sizes
 
 
 def _reread(unit: Unit, graph: Graph, sizes: dict[int, Size], here) -> list[Kept]:  # type: ignore[no-untyped-def]
@@ -490,6 +512,11 @@ def _routed(unit: Unit) -> Size:
     return entry[0] * unit.experts.choices, entry[1] * unit.experts.choices
 
 
+def _query(unit: Unit, graph: Graph) -> Size:
+    op = next((op for op in unit.forward if op.kind == "attention" and len(op.inputs) >= 3), None)
+    return graph.size.get(graph.root.get(op.inputs[0], op.inputs[0]), (0, 0)) if op else (0, 0)
+
+
 def _kv(unit: Unit, graph: Graph) -> Size:
     """Bytes of keys and values before they are repeated for groups of heads: what context parallelism passes around."""
     for op in unit.forward:
@@ -546,41 +573,3 @@ def _belongs(unit: Unit, p: ParameterRecord, here, after: bool | None) -> bool: 
     if not readers:
         readers = [op for op in unit.forward if module and op.module.startswith(module)]
     return any(here(op) for op in readers) if readers else not after
-
-
-def _working(graph: Graph, here, blocked: bool):  # type: ignore[no-untyped-def]
-    """Values alive at the worst moment of each pass as (size, units) pairs: the kernels' results in flight.
-
-    `blocked`: convolutions copy what they read into a blocked layout first, as oneDNN's do on CPUs.
-    """
-    last: dict[int, int] = {}
-    for place, kernel in enumerate(graph.kernels):
-        for index in kernel.ops:
-            for value in graph.ops[index].inputs:
-                last[graph.root.get(value, value)] = place
-    results = []
-    for forward in (True, False):
-        alive: dict[int, int] = {}
-        best, worst = 0, {}
-        for place, kernel in enumerate(graph.kernels):
-            op = graph.ops[kernel.ops[0]]
-            if (kernel.ops[0] < graph.n_forward) != forward or not here(op):
-                continue
-            for index in kernel.ops:
-                for value in graph.ops[index].outputs:
-                    root = graph.root[value]
-                    size = graph.size.get(root, (0, 0))[1]
-                    if root not in graph.inside and size and last.get(root, -1) > place - 1:
-                        alive[root] = size
-            copied = {-1: op.read_bytes.per_item} if blocked and op.kind == "conv" else {}
-            total = sum(alive.values()) + sum(copied.values())
-            if total > best:
-                best, worst = total, alive | copied
-            for root in [r for r in alive if last.get(r, -1) <= place]:
-                del alive[root]
-        sized: dict[int, int] = {}
-        for root, size in worst.items():
-            units = graph.cut[root][0] if root in graph.cut else 0
-            sized[units] = sized.get(units, 0) + size
-        results.append(tuple(((0, size), units) for units, size in sized.items()))
-    return results[0], results[1]

@@ -357,8 +357,8 @@ class _Member:
             lean = [tail for alike in tails for tail in alike[:1] if tail[1]["offload"] == best]  # moving away never adds
             needs = [self._needs(place, self.best.space.plan(self.family, self.schedule | tail)) for place, tail in lean]
             for each in zip(*needs, strict=True):
-                first, after, _ = zip(*each, strict=True)
-                self.held.least.append((min(first), min(after), self.pricer.cluster.device.host_memory_bytes))
+                loss, block, after, _ = (min(bytes_) for bytes_ in zip(*each, strict=True))
+                self.held.least.append((loss, block, after, self.pricer.cluster.device.host_memory_bytes))
         if self.budgets:
             loosest = self.pricer.budget(self.held.least, self._kept("none", self.full), self._kept("none", self.split))
             self.budgets = loosest is not None and self._least(loosest) < self.best.worst

@@ -11,12 +11,16 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from meshwright.cluster import Cluster
-from meshwright.plan.collectives import Group, all_reduce, all_to_all, gather
+from meshwright.plan.collectives import Group, all_reduce, all_to_all, gather, scatter
 from meshwright.plan.constants import constants
 from meshwright.plan.profile import Attend, Phase, Product, UnitProfile, degree
 
 COMPUTE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 """Precision in the plan -> the dtype of activations."""
+
+
+KEPT_BLOCK = 32 * 2**20
+"""The largest block that glibc's malloc may keep for itself (DEFAULT_MMAP_THRESHOLD_MAX on 64 bits)."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ def rates(cluster: Cluster, precision: str, mode: str, captured: str) -> Rates:
     measured = dict(device.rates)
     if "kernel_s" in measured:
         table = table | measured
-    eager = float(launch["eager_stream"]) if mode == "eager" else 1.0
+    tuned = mode == "eager" and not measured  # a probe measures eager kernels
+    eager = float(launch["eager_stream"]) if tuned else 1.0
     memory = device.memory_bytes_per_s * float(table["stream"]) * eager
     return Rates(
         peak=device.peak_flops(dtype) * device.power,
@@ -107,7 +112,7 @@ def rates(cluster: Cluster, precision: str, mode: str, captured: str) -> Rates:
         element=width[dtype] / width.get(captured, 4.0),
         width=width[dtype],
         attention=float(table["attention_fused"]) if mode == "fused" else 1.0,
-        product=float(table["rate"]) * (1.0 if mode == "fused" else float(launch["eager_product"])),
+        product=float(table["rate"]) * (1.0 if mode == "fused" or measured else float(launch["eager_product"])),
         accumulate=float(constants()["step"]["accumulate_fused_bytes" if mode == "fused" else "accumulate_bytes"]),
     )
 
@@ -148,7 +153,8 @@ def in_chunks(unit: UnitProfile, split: Split, rate: Rates, tp: Group, cp: Group
 
 def _phase(phase: Phase, split: Split, rate: Rates) -> tuple[float, float, int]:
     """Device seconds, FLOPs and launches of one pass."""
-    seconds = flops = 0.0
+    seconds = _first_touches(phase, split, rate)
+    flops = 0.0
     for product, times in phase.products:
         t, f = _product(product, split, rate)
         seconds += times * t
@@ -164,6 +170,18 @@ def _phase(phase: Phase, split: Split, rate: Rates) -> tuple[float, float, int]:
         moved = fixed / (share if units else 1) / (split.ep if routed else 1) + varying
         seconds += kernels * kernel + moved * rate.element / (rate.plain if plain else rate.memory)
     return seconds, flops, phase.launches
+
+
+def _first_touches(phase: Phase, split: Split, rate: Rates) -> float:
+    """Seconds of page faults on a CPU: the C library takes large blocks from the system each time, and gives them back."""
+    each = float(rate.table.get("fault_s_per_byte", 0.0))
+    if not each:
+        return 0.0
+    sizes = (
+        (times, (fixed + per_item * split.items / split.cp) * rate.element / (degree(split.tp, units) if units else 1))
+        for (fixed, per_item, units), times in phase.made.items()
+    )
+    return each * sum(times * size for times, size in sizes if size > KEPT_BLOCK)
 
 
 def _product(product: Product, split: Split, rate: Rates) -> tuple[float, float]:
@@ -188,7 +206,7 @@ def _product(product: Product, split: Split, rate: Rates) -> tuple[float, float]
     table = rate.table
     efficiency = rate.product * (m / (m + table["m0"])) * (n / (n + table["n0"])) * (k / (k + table["k0"]))
     if product.conv:
-        efficiency *= table.get("conv", 1.0)
+        efficiency *= table.get("conv_back" if product.backward else "conv", 1.0)
     if flops > 1e12:
         efficiency *= table["sustained"]
     moved = batch * (m * k + k * n + m * n) * rate.width
@@ -201,10 +219,10 @@ def _product(product: Product, split: Split, rate: Rates) -> tuple[float, float]
 def _attend(attend: Attend, split: Split, rate: Rates) -> tuple[float, float]:
     share = degree(split.tp, attend.units) if attend.units else 1
     flops = (attend.flops[0] + attend.flops[1] * split.items) / share / split.cp
-    if attend.causal:
-        flops /= 2
     table = rate.table
     keys = max(1.0, attend.keys / split.cp)  # a ring's kernels see one rank's keys at a time
+    if attend.causal:  # half, but for whole blocks of keys
+        flops *= min(1.0, (1 + table.get("causal_block", 0.0) / keys) / 2)
     efficiency = table["attention"] * keys / (keys + table["attention_s0"]) * (table["attention_back"] if attend.backward else 1.0)
     efficiency *= attend.head / (attend.head + table["attention_head0"]) * rate.attention
     moved = (attend.moved[0] + attend.moved[1] * split.items) / share / split.cp * rate.element
@@ -223,11 +241,13 @@ def _exchanges(unit: UnitProfile, split: Split, rate: Rates, tp: Group) -> tuple
         calls += 2 if split.sp else 1
         sizes = [(size[0] + size[1] * split.items) * rate.element / split.cp for size in (exchange.forward, exchange.backward)]
         if split.sp:  # gather before, reduce-scatter after; in backward the input is gathered once more, beside a product
-            forward += 2 * gather(tp, sizes[0]) if sizes[0] else gather(tp, sizes[1])
-            backward += 2 * gather(tp, sizes[1])
+            forward += gather(tp, sizes[0]) + scatter(tp, sizes[0]) if sizes[0] else gather(tp, sizes[1])
+            backward += gather(tp, sizes[1]) + scatter(tp, sizes[1])
         else:
             forward += all_reduce(tp, sizes[0])
             backward += all_reduce(tp, sizes[1])
+        if exchange.loss and tp.timed:  # a matter of latency: nothing on links that are not a CPU's
+            forward, backward = forward + 3 * all_reduce(tp, 1.0), backward + all_reduce(tp, 1.0)
     return forward, backward, calls
 
 
@@ -236,6 +256,12 @@ def _ring(unit: UnitProfile, split: Split, rate: Rates, cp: Group, compute: floa
     if split.cp == 1 or not unit.attention:
         return 0.0, 0.0
     size = (unit.kv[0] + unit.kv[1] * split.items) * rate.element / max(1, split.tp)
+    if cp.timed and unit.query[1]:
+        if not exchanges_heads(unit, cp.n):
+            return 2 * gather(cp, size / 2), 2 * scatter(cp, size / 2)
+        query = (unit.query[0] + unit.query[1] * split.items) * rate.element / max(1, split.tp)
+        sent = 2 * gather(cp, query / cp.n) + 2 * gather(cp, size / 2 / cp.n)  # an all-to-all moves as much
+        return sent, sent
     sent = gather(cp, size)
     attention = sum(_attend(a, split, rate)[0] for a in unit.forward.attentions)
     slow = constants()["collective"]["interference"]
@@ -244,6 +270,11 @@ def _ring(unit: UnitProfile, split: Split, rate: Rates, cp: Group, compute: floa
         min(2 * sent, 2.5 * attention * (split.cp - 1) / split.cp),
     )
     return sent - (1 - slow) * hidden_f, 2 * sent - (1 - slow) * hidden_b
+
+
+def exchanges_heads(unit: UnitProfile, n: int) -> bool:
+    """Whether context parallelism exchanges heads (ulysses): where that moves no more than gathering keys and values."""
+    return unit.kv[1] > 0 and unit.kv[1] + 2 * unit.query[1] <= n * unit.kv[1]
 
 
 def _dispatch(unit: UnitProfile, split: Split, rate: Rates, ep: Group) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def expected(config: Config, plan: Plan) -> Prediction | None:
     """The prediction for a resolved plan on this machine; None for a model that can't be captured."""
     try:
         return predict(blueprint(config, plan.precision), Cluster.here(plan.degree_product()), plan, config.data.global_batch)
-    except MeshwrightError:
+    except MeshwrightError as error:
+        logging.getLogger("meshwright").info("nothing is predicted for this run: %s", error)
         return None
 
 
