@@ -75,7 +75,7 @@ def check_directory(directory: str, needed_bytes: int = 0) -> None:
     free = state.f_bavail * state.f_frsize
     if needed_bytes > free:
         raise PlanError(
-            f"nvme={directory}: the plan puts {needed_bytes / 1e9:.2f} GB there and {free / 1e9:.2f} GB are free; free some, name "
+            f"nvme={directory}: the plan puts {needed_bytes / 1e9:.3g} GB there and {free / 1e9:.3g} GB are free; free some, name "
             f"a larger disk, or offload at most @{free / needed_bytes:.2f} of it"
         )
 
