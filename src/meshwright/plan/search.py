@@ -293,12 +293,12 @@ class _Best:
         return self.pricer.split(self.space.plan(family, {}), items)
 
     def _least_memory(self, family: Family) -> float:
-        """A lower bound of the bytes on the heaviest rank: everything sharded and offloaded, one micro-batch's inputs kept."""
+        """A lower bound of the bytes on the heaviest rank: weights and gradients, sharded over all that may shard them."""
         key = (family.tp, family.ep)
         if key not in self._totals:
             shape = self.pricer.shape
             self._totals[key] = sum(sum(kind.weights.local(*key)) * shape.calls.count(i) for i, kind in enumerate(shape.kinds))
-        return self._totals[key] / family.pp / max(1, family.data * family.cp) * self.pricer.width
+        return self._totals[key] / family.pp / max(1, family.data * family.cp) * self.space.least_width
 
     def _visit(self, family: Family, order: int) -> None:
         """Price the members of a family, a schedule at a time: by the time of the busiest rank, by memory, then one by one."""
