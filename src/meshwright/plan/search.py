@@ -319,6 +319,7 @@ class _Best:
                 member.price(alike)
 
     def offer(self, seconds: float, order: int, plan: Plan) -> None:
+        """Keep a plan that fits if it is among the best so far; of equals the first in the space."""
         entry = (-seconds, -order, plan)
         if len(self.kept) < self.top:
             heapq.heappush(self.kept, entry)
@@ -329,6 +330,7 @@ class _Best:
             self.reject("slower than the plans kept", 1)
 
     def reject(self, reason: str, count: int) -> None:
+        """Count plans that are left out."""
         if count:
             self.rejected[reason] = self.rejected.get(reason, 0) + count
 
