@@ -18,6 +18,7 @@ from typing import Any
 from meshwright.blueprint.record import Blueprint
 from meshwright.cluster import Cluster
 from meshwright.errors import ConfigError, PlanError
+from meshwright.pause import uncollected
 from meshwright.plan import pipeline
 from meshwright.plan.footprint import Elements
 from meshwright.plan.plan import Plan, moved
@@ -75,6 +76,7 @@ class Search:
         return table(self)
 
 
+@uncollected()
 def search(
     blueprint: Blueprint,
     cluster: Cluster,
