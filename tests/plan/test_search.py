@@ -196,3 +196,30 @@ def simulated(times: list[float], m: int) -> float:
                 done[kind, r, i] = clock[r]
                 places[r] += 1
     return max(clock)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"offload": "params:cpu,optimizer:cpu", "update": "backward"},
+        {"master": "stochastic", "optimizer_state": "int8", "update": "backward"},
+        {"recompute": "budget=100M"},
+        {"schedule": "gpipe", "loss_chunks": 4},
+    ],
+)
+def test_fields_that_are_held_are_priced_as_brute_force_prices_them(fields: dict) -> None:
+    """Fields that the search does not vary change what fits, so its bounds must know them."""
+    where = mw.Cluster.parse("2xA100-40GB,memory=1.75")
+    pricer = Pricer.of(blueprint("dense"), where, "bf16")
+    space = Space(pricer.shape, 2, 4, "bf16", fixed=tuple(fields.items()))
+    plans = [(family, space.plan(family, member)) for family in space.families() for member in space.members(family)]
+    priced = [pricer.price(mw.Plan.parse(str(plan)), 4) for _, plan in plans]
+    more = [
+        pricer.price(less, 4)
+        for (family, plan), found in zip(plans, priced, strict=True)
+        if not found.fits and space.budgets(family) and (less := pricer.budgeted(plan, family.items)) is not None
+    ]
+    seconds = sorted(found.step_seconds for found in [*priced, *more] if found.fits)
+    assert seconds
+    found = mw.search(blueprint("dense"), where, 4, top=3, fixed=fields)
+    assert [c.step_seconds for c in found.candidates] == pytest.approx(seconds[:3])

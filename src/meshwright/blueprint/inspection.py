@@ -24,6 +24,7 @@ from meshwright.blueprint.tape import Recorder
 from meshwright.blueprint.trees import tensors_in
 from meshwright.blueprint.walk import Subject, Walk, Walker, stand_in_state
 from meshwright.errors import MeshwrightError, ModelError
+from meshwright.pause import uncollected
 
 _PROPORTIONAL = "its ops depend on the batch size; amounts are taken as proportional to it"
 
@@ -33,6 +34,7 @@ don't.
 """
 
 
+@uncollected()
 def inspect(
     model: nn.Module | Callable[[], nn.Module] | str | ModelSpec,
     batch: Any = None,

@@ -11,7 +11,7 @@ from meshwright.blueprint.record import Blueprint
 from meshwright.cluster import Cluster
 from meshwright.errors import MeshwrightError
 from meshwright.plan.plan import Plan
-from meshwright.plan.predict import predict
+from meshwright.plan.predict import Pricer, predict
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.search import Search, search
 
@@ -70,18 +70,25 @@ def alternatives(blueprint: Blueprint, found: Search, precision: str) -> list[st
     """Why named plans lose against the best, each with the recompute that lets it fit: a sentence for those alike."""
     best, cluster = found.candidates[0], found.cluster
     winner = Plan.parse(best.plan)
+    pricer = Pricer.of(blueprint, cluster, precision, winner.compile)
     reasons: dict[str, list[str]] = {}
     for name in ALTERNATIVES:
         try:
             plan = dataclasses.replace(Plan.parse(name, cluster.devices), precision=precision)
             plan = dataclasses.replace(plan, microbatches=_micro(plan, winner, best, found.global_batch))
-            tried = [dataclasses.replace(plan, recompute=r) for r in ("none", "selective", "full")]
-            priced = [predict(blueprint, cluster, each, found.global_batch) for each in tried]
-            nearest = next((each for each in priced if each.fits), min(priced, key=lambda each: each.device_bytes))
-            reasons.setdefault(_against(nearest, best), []).append(name)
+            reasons.setdefault(_against(_fitted(pricer, plan, found.global_batch), best), []).append(name)
         except MeshwrightError as error:
             reasons.setdefault(str(error), []).append(name)
     return [f"{', '.join(names)}: {why}" for why, names in reasons.items()] + _wider(blueprint, found, winner)
+
+
+def _fitted(pricer: Pricer, plan: Plan, batch: int) -> Prediction:
+    """The prediction of a plan with as much recompute as lets it fit; with all of it where nothing does."""
+    found = pricer.price(plan, batch)
+    if found.fits:
+        return found
+    less = pricer.budgeted(plan, found.micro_batch)
+    return pricer.price(less or dataclasses.replace(plan, recompute="full"), batch)
 
 
 def _micro(plan: Plan, winner: Plan, best: Prediction, batch: int) -> int:

@@ -17,7 +17,6 @@ from meshwright.plan.stages import CPU, GPU, cell_seconds
 
 PLAIN = {"add", "sub", "mul", "neg", "relu", "threshold_backward", "copy", "fill", "zero", "zeros_like", "ones_like", "clone"}
 """ATen ops of at most one instruction an element."""
-FULL_WIDTH = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +139,7 @@ class UnitProfile:
 
 @dataclass(frozen=True)
 class Profile:
-    """The model: block kinds with the order of calls, what runs before and after, and the sizes a plan must divide."""
+    """The model: block kinds with the order of calls, and what runs before and after."""
 
     kinds: tuple[UnitProfile, ...]
     calls: tuple[int, ...]
@@ -153,9 +152,6 @@ class Profile:
     tied: int
     flops: Size
     n_experts: int
-    largest: int
-    tensors: int
-    head_units: tuple[int, ...]
     cells: tuple[float, ...] = ()
     """Seconds by which a pipeline is cut, one for each block call (see `stages.py`)."""
 
@@ -210,9 +206,6 @@ def profile(blueprint: Blueprint, mode: str = "eager") -> Profile:
         tied=tied,
         flops=(2 * forward[0] - forward[1], forward[1] - forward[0]),
         n_experts=max((unit.weights.n_experts for unit in kinds), default=0),
-        largest=max((p.numel for unit, _ in blueprint.units() for p in unit.parameters if not p.buffer), default=0),
-        tensors=sum(n * sum(not p.buffer for p in unit.parameters) for unit, n in blueprint.units()),
-        head_units=tuple(sorted({r.units for unit, _ in blueprint.units() for r in unit.regions if r.attention})),
         cells=cell_seconds(blueprint),
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 from meshwright.blueprint.record import Blueprint
 from meshwright.cluster import Cluster
 from meshwright.errors import ConfigError, PlanError
+from meshwright.pause import uncollected
 from meshwright.plan import pipeline
 from meshwright.plan.footprint import Elements
 from meshwright.plan.plan import Plan, moved
@@ -76,6 +77,7 @@ class Search:
         return table(self)
 
 
+@uncollected()
 def search(
     blueprint: Blueprint,
     cluster: Cluster,
@@ -295,12 +297,12 @@ class _Best:
         return self.pricer.split(self.space.plan(family, {}), items)
 
     def _least_memory(self, family: Family) -> float:
-        """A lower bound of the bytes on the heaviest rank: everything sharded and offloaded, one micro-batch's inputs kept."""
+        """A lower bound of the bytes on the heaviest rank: weights and gradients, sharded over all that may shard them."""
         key = (family.tp, family.ep)
         if key not in self._totals:
             shape = self.pricer.shape
             self._totals[key] = sum(sum(kind.weights.local(*key)) * shape.calls.count(i) for i, kind in enumerate(shape.kinds))
-        return self._totals[key] / family.pp / max(1, family.data * family.cp) * self.pricer.width
+        return self._totals[key] / family.pp / max(1, family.data * family.cp) * self.space.least_width
 
     def _visit(self, family: Family, order: int) -> None:
         """Price the members of a family, a schedule at a time: by the time of the busiest rank, by memory, then one by one."""
@@ -321,6 +323,7 @@ class _Best:
                 member.price(alike)
 
     def offer(self, seconds: float, order: int, plan: Plan) -> None:
+        """Keep a plan that fits if it is among the best so far; of equals the first in the space."""
         entry = (-seconds, -order, plan)
         if len(self.kept) < self.top:
             heapq.heappush(self.kept, entry)
@@ -331,6 +334,7 @@ class _Best:
             self.reject("slower than the plans kept", 1)
 
     def reject(self, reason: str, count: int) -> None:
+        """Count plans that are left out."""
         if count:
             self.rejected[reason] = self.rejected.get(reason, 0) + count
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from meshwright.plan import pipeline
-from meshwright.plan.plan import Plan
+from meshwright.plan.plan import Plan, moved
 from meshwright.plan.profile import Profile
 
 RECOMPUTE = ("none", "selective", "full")
@@ -60,6 +60,13 @@ class Space:
     def _base(self) -> dict[str, Any]:
         """Every field of a plan before a family and a member set theirs."""
         return _DEFAULTS | dict(self.fixed) | {"precision": self.precision, "compile": self.compiled}
+
+    @property
+    def least_width(self) -> int:
+        """Bytes of each parameter's weight and gradient together that no plan does without, were all of it sharded."""
+        if moved(str(self._base["offload"]), "params"):
+            return 0
+        return 4 if (self._base["update"], self._base["master"]) == ("step", "fp32") else 2
 
     def families(self) -> Iterator[Family]:
         """Every family that is legal for the model, the devices and the batch."""
