@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import meshwright as mw
 import parity
@@ -106,6 +107,40 @@ def test_deferring_covers_convolutions_norms_embeddings_and_shared_weights() -> 
     settle(queue.current)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
+
+
+class Derived(nn.Module):
+    """A weight computed from weights, used twice where it can wait and once where it can't (an op that works in place)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.randn(8, 8) / 9)
+        self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.linalg.matrix_exp(self.inner)
+        x = F.linear(torch.tanh(F.linear(x, weight)), weight) + self.layer(self.layer(self.frozen(x)))
+        return x.clone().mul_(weight[0].exp())
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_weights_made_of_weights_get_whole_gradients_from_both_halves(recomputed: bool) -> None:
+    torch.manual_seed(0)
+    model, batch, queue = Derived().double(), torch.randn(3, 8).double(), Queue()
+    model(batch).square().mean().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    found = traced(model, lambda b: model(b).square().mean(), batch)
+    program = Program(defer(found, queue, CPU), model, frozenset(), CPU)
+    assert queue.shared
+    result = checkpoint(program, [batch], use_reentrant=False) if recomputed else program([batch])
+    result.backward(retain_graph=queue.shared)
+    assert queue.current.entries
+    settle(queue.current)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-12, atol=1e-14)
 
 
 def test_a_preview_names_the_stages_what_they_send_and_what_zero_3_gathers() -> None:
