@@ -219,3 +219,53 @@ def highest_during_backward(text: str) -> tuple[int, int]:
 def test_no_more_travels_than_the_formula_says(text: str) -> None:
     for highest, parameters in ranks.run(2, highest_during_backward, text):
         assert highest <= state_bytes(Plan.parse(text, 2), parameters, largest_unit=LAYER).highest * 1.03
+
+
+@only_what_is_new()
+def left_behind(text: str) -> dict[str, float]:
+    """The bytes beside model and states after the first step, over those of the parameters, and what stays without the engine."""
+    model = Stack()
+    engine = mw.parallelize(
+        model,
+        text,
+        optimizer=lambda params: torch.optim.SGD(params, lr=1e-3),
+        loss_fn=lambda output, batch: (output**2).mean(),
+        example_batch=torch.ones(512, 64),
+    )
+    weights = sum(entry.shape.numel() * 4 for entry in engine.table)
+    engine.step(torch.ones(512, 64))
+    after = settled_bytes()
+    del engine, model
+    return {"after": after / weights, "gone": settled_bytes() / weights}
+
+
+class Stack(nn.Module):
+    """Blocks whose activations are far larger than their weights, some of them results that their own op saves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Sigmoid(), nn.Softmax(-1)) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("text", "world_size"),
+    [
+        ("single recompute=full", 1),
+        ("single recompute=selective precision=bf16", 1),
+        ("update=backward", 1),
+        ("ddp recompute=full", 2),
+        ("zero2", 2),
+        ("fsdp recompute=full", 2),
+        ("tp recompute=selective", 2),
+        ("1f1b pp=2 microbatches=2", 2),
+    ],
+)
+def test_a_step_leaves_no_activation_and_an_engine_nothing(text: str, world_size: int) -> None:
+    for found in ranks.run(world_size, left_behind, text):
+        assert found["after"] < 6.0  # weights, masters, gradients and the batch; the activations are 24
+        assert found["gone"] < 0.1

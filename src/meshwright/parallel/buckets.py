@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from meshwright import _torch
 from meshwright.errors import ModelError
-from meshwright.parallel.parameters import Parameter, shard_rows
+from meshwright.parallel.parameters import Parameter, on_accumulated, shard_rows
 from meshwright.parallel.ranks import Ranks
 from meshwright.plan.memory import LARGEST_BUCKET, bucket_bytes
 
@@ -113,7 +113,7 @@ class Buckets:
             for index, entry in enumerate(bucket.entries):
                 collect = self._hook(bucket, index)
                 self._places[id(entry)] = (bucket, index, collect)
-                entry.live.register_post_accumulate_grad_hook(collect)
+                on_accumulated(entry.live, collect)
 
     def _split(self, entry: Parameter, compute_dtype: torch.dtype | None) -> None:
         """Give `entry` its live tensor in the compute dtype, and its master: all or this rank's rows of the original."""

@@ -16,13 +16,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from meshwright import _torch
 from meshwright.errors import ModelError
-from meshwright.parallel.parameters import Parameter, rebind, shard_rows
+from meshwright.parallel.parameters import Parameter, on_accumulated, rebind, shard_rows
 from meshwright.parallel.ranks import Ranks
 
 
@@ -124,7 +124,7 @@ def bind(
             entry.master = nn.Parameter(local.detach(), requires_grad=entry.trainable)
             entry.gathered = unsharded
             if entry.trainable:
-                unsharded.register_post_accumulate_grad_hook(partial(_mark, entry))
+                on_accumulated(unsharded, entry.mark_used)
         done(group, entries)
 
 
@@ -186,10 +186,6 @@ class Reduced:
         self._ready(entries)
         for entry in entries:
             entry.live.grad = entry.gradient = entry.summed = None
-
-
-def _mark(entry: Parameter, _: Tensor) -> None:
-    entry.used = True
 
 
 def reduce_on_last(root: Root, last: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,10 @@ class Parameter:
         """Return this rank's rows of a tensor of the parameter's `shape`."""
         return part if self.rows is None else part.narrow(0, *self.rows)
 
+    def mark_used(self, _: Tensor) -> None:
+        """Note that a backward has reached the parameter."""
+        self.used = True
+
 
 def collect(module: nn.Module) -> list[Parameter]:
     """Return the logical parameters of `module` in registration order, and make each tie a single `nn.Parameter` object."""
@@ -149,6 +154,21 @@ def assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Make `parameter` the one that `module` holds under `name`."""
     owner, _, attribute = name.rpartition(".")
     setattr(module.get_submodule(owner), attribute, parameter)
+
+
+def on_accumulated(parameter: Tensor, call: Callable[[Tensor], None]) -> None:
+    """Call `call(parameter)` whenever autograd has accumulated its gradient, for as long as somebody else holds `call`.
+
+    Python's collector does not see these hooks: a hook that led back to its parameter would keep both, and an engine, for ever.
+    """
+    held = weakref.WeakMethod(call) if isinstance(call, MethodType) else weakref.ref(call)
+
+    def hook(accumulated: Tensor) -> None:
+        alive = held()
+        if alive is not None:
+            alive(accumulated)
+
+    parameter.register_post_accumulate_grad_hook(hook)
 
 
 def shard_rows(rows: int, ranks: int, rank: int) -> tuple[int, int]:

@@ -224,7 +224,7 @@ def _look(module: nn.Module, function: Function, args: Any, kwargs: Any, rates: 
         last = len(ops.seconds)
         if id(tensor) not in states:
             saved[_torch.storage_key(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # an op that saved its own result would hold itself: no backward lets go of this graph
 
     devices = [device] if device.type == "cuda" else []
     changes = []
@@ -246,6 +246,7 @@ def _look(module: nn.Module, function: Function, args: Any, kwargs: Any, rates: 
     )
     kept = sum(nbytes for home, nbytes in saved.items() if home not in ignored | returned)
     found = BlockCosts(sum(entering.values()), kept, sum(ops.seconds[:last]), items)
+    ops.alive.clear()  # the graph holds `pack`, which holds `ops`
     writes = frozenset(n for n, (copy, version) in enumerate(zip(copies, versions, strict=True)) if copy._version != version)
     return _Facts(found, writes, changes, Choice(frozenset(), found.entry, found.forward))
 
