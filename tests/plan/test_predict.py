@@ -46,7 +46,9 @@ def test_items_sum_up_and_everything_is_finite(plan: str) -> None:
     assert tuple(found.memory_bytes) == MEMORY or set(found.memory_bytes) == set(MEMORY)
     assert set(found.time_seconds) == set(TIME)
     assert sum(found.time_seconds.values()) == pytest.approx(found.step_seconds)
-    assert sum(found.memory_bytes[name] for name in MEMORY[:-1]) == pytest.approx(found.memory_bytes["peak"])
+    together = sum(found.memory_bytes[name] for name in MEMORY[:-1])
+    states = sum(found.memory_bytes[name] for name in MEMORY[:3])
+    assert states <= found.memory_bytes["peak"] <= together * (1 + 1e-9)
     assert all(math.isfinite(v) and v >= -1e-12 for v in (*found.time_seconds.values(), *found.memory_bytes.values()))
     assert found.device_bytes >= found.reserved_bytes >= found.memory_bytes["peak"]
     assert 0 < found.mfu < 1
@@ -87,7 +89,7 @@ def test_a_fused_llama_block_keeps_what_fused_stacks_keep() -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_states_are_divided_as_zero_promises(stage: int) -> None:
     parameters = llama().n_parameters
-    found = priced(f"dp_shard=8 zero={stage} precision=bf16 microbatches=2").memory_bytes
+    found = priced(f"dp_shard=8 zero={stage} precision=bf16").memory_bytes
     states = found["parameters"] + found["gradients"] + found["optimizer"]
     promised = {1: 2 + 4 + 12 / 8, 2: 2 + 4 / 8 + 12 / 8, 3: 16 / 8}[stage]
     assert states == pytest.approx(promised * parameters, rel=0.01)

@@ -244,8 +244,7 @@ class Pricer:
         self.check(plan)
         items = self.items(plan, global_batch)
         cost = self.cost(plan, self.base(plan, self.split(plan, items)))
-        memory, heaviest = self.memory(plan, items)
-        return self._report(plan, global_batch, items, cost, memory, heaviest)
+        return self._report(plan, global_batch, items, cost, *self.memory(plan, items))
 
     def split(self, plan: Plan, items: int) -> Split:
         """The part of the work of one rank."""
@@ -275,22 +274,18 @@ class Pricer:
             outside -= shape.tied / plan.tp
         return Elements(dense + outside, experts, largest, outside, 1.0 - frozen / total if total else 1.0)
 
-    def memory(self, plan: Plan, items: int) -> tuple[dict[str, float], int]:
-        """Live bytes by purpose on the rank with the most bytes on its device, and which rank that is."""
-        found = self.memory_by_rank(plan, items)
-        heaviest = max(range(len(found)), key=lambda rank: self.on_device(plan, found[rank])[1])
-        return found[heaviest], heaviest
+    def memory(self, plan: Plan, items: int) -> tuple[dict[str, float], float, int]:
+        """Live bytes by purpose and the allocator's bytes on the rank with the most of these, and which rank that is."""
+        stages = self.stages(plan)
+        held = {stage: self.states(plan, self.elements(plan, stage)) for stage in dict.fromkeys(stages)}
+        moments = self.activations(plan, self.split(plan, items), range(plan.pp))
+        found = [self._moments(plan, held[stage], moment) for stage, moment in zip(stages, moments, strict=True)]
+        heaviest = max(range(len(found)), key=lambda rank: found[rank][1])
+        return *found[heaviest], heaviest
 
     def host_bytes(self, plan: Plan) -> float:
         """Bytes of model states that a rank has in its host's memory."""
         return max(self.states(plan, self.elements(plan, stage)).host for stage in dict.fromkeys(self.stages(plan)))
-
-    def memory_by_rank(self, plan: Plan, items: int) -> list[dict[str, float]]:
-        """Live bytes by purpose on each rank of the pipeline."""
-        stages = self.stages(plan)
-        held = {stage: self.states(plan, self.elements(plan, stage)) for stage in dict.fromkeys(stages)}
-        moments = self.activations(plan, self.split(plan, items), range(plan.pp))
-        return [self._moments(plan, held[stage], moment) for stage, moment in zip(stages, moments, strict=True)]
 
     def heads(self, plan: Plan) -> list[int]:
         """Of ranks that hold the same, the first: it keeps most micro-batches, so the heaviest rank is one of these."""
@@ -387,8 +382,10 @@ class Pricer:
         """Whether every gradient is in memory while the first backward runs: with several micro-batches, or in flat buffers."""
         return self.flat_gradients or plan.microbatches > 1 or plan.pp > 1
 
-    def _moments(self, plan: Plan, held: States, moment: Moment) -> dict[str, float]:
-        """The worst of three moments: the loss, the first block's backward, and after the backward with every gradient."""
+    def _moments(self, plan: Plan, held: States, moment: Moment) -> tuple[dict[str, float], float]:
+        """What each purpose takes in full, and as the peak the worst of three moments: the loss, the first block's backward, and
+        after the backward with every gradient. Also that peak with the allocator's slack.
+        """
         kept, at_loss, at_block, movable = moment
         kept -= min(movable, max(0.0, self.cluster.device.host_memory_bytes - held.host))
         whole, slack = self.whole_gradients(plan), 1 + self.slack
@@ -397,10 +394,11 @@ class Pricer:
             (held.gradients if whole else held.opened, kept + min(0.0, at_block), max(0.0, at_block) + held.gathered),
             (held.gradients, 0.0, held.gathered),
         )
-        gradients, activations, temporary = max(found, key=lambda each: each[0] + (each[1] + each[2]) * slack)
-        parts = {"parameters": held.parameters, "gradients": gradients, "optimizer": held.optimizer}
-        parts |= {"activations": activations, "temporary": temporary}
-        return parts | {"peak": sum(parts.values())}
+        worst = max(found, key=lambda each: each[0] + (each[1] + each[2]) * slack)
+        parts = {"parameters": held.parameters, "gradients": held.gradients, "optimizer": held.optimizer}
+        parts |= {"activations": kept, "temporary": worst[2]}
+        peak = held.parameters + held.optimizer + sum(worst)
+        return parts | {"peak": peak}, peak + self.slack * (worst[1] + worst[2])
 
     def _ranks(self, plan: Plan, split: Split, ranks: Iterable[int]) -> list[tuple[float, float, float]]:
         """Seconds of one micro-batch on ranks of the pipeline: forward, backward, weights, without sends."""
@@ -554,7 +552,14 @@ class Pricer:
         return seconds
 
     def _report(
-        self, plan: Plan, batch: int, items: int, cost: dict[str, float], memory: dict[str, float], heaviest: int
+        self,
+        plan: Plan,
+        batch: int,
+        items: int,
+        cost: dict[str, float],
+        memory: dict[str, float],
+        reserved: float,
+        heaviest: int,
     ) -> Prediction:
         names = ("compute", "tp_comm", "cp_comm", "ep_comm", "pp_comm", "dp_comm_exposed", "optimizer", "offload", "bubble")
         seconds = {name: cost[name] for name in names}
@@ -562,7 +567,7 @@ class Pricer:
         devices = plan.degree_product()
         shape, device = self.shape, self.cluster.device
         flops = shape.flops[0] + shape.flops[1] * batch
-        reserved, on_device = self.on_device(plan, memory)
+        on_device = reserved + outside_allocator(plan, self.kernels)
         peak = device.peak_flops("float8" if plan.precision == "fp8" else {"fp32": "float32"}.get(plan.precision, "bfloat16"))
         fits = on_device <= device.memory_bytes and self.host_bytes(plan) <= device.host_memory_bytes
         return Prediction(
@@ -585,11 +590,6 @@ class Pricer:
             micro_batch=items,
             heaviest_rank=heaviest,
         )
-
-    def on_device(self, plan: Plan, memory: dict[str, float]) -> tuple[float, float]:
-        """Bytes reserved by the allocator, and on the device in all."""
-        reserved = memory["peak"] + self.slack * (memory["activations"] + memory["temporary"])
-        return reserved, reserved + outside_allocator(plan, self.kernels)
 
     def _hardware(self, plan: Plan, items: int) -> float:
         times = self.units(self.split(plan, items)).times

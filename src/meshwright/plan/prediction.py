@@ -16,8 +16,9 @@ TIME = ("compute", "tp_comm", "cp_comm", "ep_comm", "pp_comm", "dp_comm_exposed"
 class Prediction:
     """What a plan costs on a cluster, for its heaviest rank.
 
-    `memory_bytes` are bytes of live tensors at the worst moment, by purpose; `peak` is their sum. `reserved_bytes` adds the
-    allocator's slack, `device_bytes` also what no tensor owns (context, communicators): `fits` compares that with the device.
+    `memory_bytes` are bytes of live tensors by purpose, and `peak` those of the worst moment: their sum, or less where they are not
+    all there at once (the first gradients may come when most activations have gone). `reserved_bytes` adds the allocator's slack,
+    `device_bytes` also what no tensor owns (context, communicators): `fits` compares that with the device.
     `time_seconds` sums to `step_seconds`. Model FLOPs are those of one forward and backward as captured (attention over the whole
     square), hardware FLOPs what is run with recompute and causal attention halved. `bound` names what limits the plan.
     """
