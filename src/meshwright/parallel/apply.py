@@ -35,6 +35,7 @@ from meshwright.parallel.recompute import Recompute, has_blocks
 from meshwright.parallel.shelf import active, stores
 from meshwright.parallel.weights import Weights
 from meshwright.plan import Plan
+from meshwright.plan.orders import SPLIT_BACKWARD
 from meshwright.plan.plan import offloads
 
 COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -213,7 +214,7 @@ def _recompute(plan: Plan, module: nn.Module, partition: Partition | None, ranks
         return None
     if plan.data_parallel and torch.cuda.device_count() > 1:
         raise PlanError(f"{' '.join(asked)}: the plan dp copies the module to every device at each step: use ddp")
-    if moved and plan.recompute == "none" and plan.pp > 1 and plan.schedule in ("zero_bubble", "zbv", "dualpipev"):
+    if moved and plan.recompute == "none" and plan.pp > 1 and plan.schedule in SPLIT_BACKWARD:
         raise PlanError(
             f"offload=activations: {plan.schedule} holds on to activations until it has computed the weights' gradients: add "
             "recompute=selective or recompute=full, or use schedule=1f1b"

@@ -27,7 +27,6 @@ from meshwright.partition.collectives import Collective, Exchange, Take
 from meshwright.partition.local import Randomly
 from meshwright.partition.state import COPIED, Axis, State, cut
 
-METHODS = ("auto", "allgather", "ring", "ulysses")
 _RING_ABOVE = 1 << 28
 """Bytes of gathered keys and values above which ring is preferred: it never holds more than two ranks' share."""
 

@@ -47,7 +47,7 @@ Need = tuple[float, float, float, float]
 """Bytes on a device besides activations at the loss and while the first block's backward runs, all of them after the backward, and
 room on its host.
 """
-Moment = tuple[float, float, float, float]
+InFlight = tuple[float, float, float, float]
 """Bytes kept for backward, beyond them at the loss and at the worst of the blocks' backward, and how many of these may leave."""
 
 
@@ -297,7 +297,7 @@ class Pricer:
             self._heads[key] = sorted(first.values())
         return self._heads[key]
 
-    def activations(self, plan: Plan, split: Split, ranks: Iterable[int]) -> list[Moment]:
+    def activations(self, plan: Plan, split: Split, ranks: Iterable[int]) -> list[InFlight]:
         """Activations on each of `ranks`, with all its micro-batches in flight."""
         stages, units = self.stages(plan), self.units(split)
         budget, away = budget_bytes(plan.recompute), moved(plan.offload, "activations", self.on_host)
@@ -309,9 +309,7 @@ class Pricer:
             if budget is not None:
                 saved += self._spared(budget, stage, units, split, flight)[0]
             kept = flight * saved + ends
-            if pipeline.all_forward(
-                plan.schedule, plan.pp
-            ):  # every loss is there first; every gradient, once a micro-batch is through
+            if pipeline.all_forward(plan.schedule, plan.pp):  # every loss is there first, every gradient after one micro-batch
                 loss, block = loss + (flight - 1) * ends, block - saved
             least = min(kept, 2 * saved / max(1, sum(stage.kinds)) + ends)
             found.append((kept, loss, block, away * (kept - least)))
@@ -336,13 +334,19 @@ class Pricer:
     def needs(self, plan: Plan, held: States) -> Need:
         """What the device and its host hold besides activations."""
         always = held.parameters + held.optimizer + outside_allocator(plan, self.kernels)
-        whole, slack = self.whole_gradients(plan), 1 + self.slack
-        loss = always + held.awake * slack + (held.gradients if whole and not pipeline.all_forward(plan.schedule, plan.pp) else 0.0)
-        block = always + held.gathered * slack + (held.gradients if whole else held.opened)
-        after = always + held.gathered * slack + held.gradients
+        loss, block, after = (always + g + gathered * (1 + self.slack) for g, gathered in self._beside(plan, held))
         return loss, block, after, self.cluster.device.host_memory_bytes - held.host
 
-    def fits(self, needs: Sequence[Need], moments: Sequence[Moment]) -> bool:
+    def _beside(self, plan: Plan, held: States) -> tuple[tuple[float, float], ...]:
+        """Gradients and gathered parameters at the three moments that may be a peak: the loss, the first block's backward, and
+        after the backward with every gradient.
+        """
+        whole = self.whole_gradients(plan)
+        at_loss = held.gradients if whole and not pipeline.all_forward(plan.schedule, plan.pp) else 0.0
+        at_block = held.gradients if whole else held.opened
+        return (at_loss, held.awake), (at_block, held.gathered), (held.gradients, held.gathered)
+
+    def fits(self, needs: Sequence[Need], moments: Sequence[InFlight]) -> bool:
         """Whether some ranks have what they need."""
         capacity, slack = self.cluster.device.memory_bytes, 1 + self.slack
         for (loss, block, after, room), (kept, at_loss, at_block, movable) in zip(needs, moments, strict=True):
@@ -351,7 +355,7 @@ class Pricer:
                 return False
         return True
 
-    def budget(self, needs: Sequence[Need], least: Sequence[Moment], most: Sequence[Moment]) -> str | None:
+    def budget(self, needs: Sequence[Need], least: Sequence[InFlight], most: Sequence[InFlight]) -> str | None:
         """`recompute=` with the largest budget (whole MB) that fits every rank, None if none does.
 
         By rank: what `needs` says, and activations with everything and with nothing recomputed.
@@ -382,19 +386,14 @@ class Pricer:
         """Whether every gradient is in memory while the first backward runs: with several micro-batches, or in flat buffers."""
         return self.flat_gradients or plan.microbatches > 1 or plan.pp > 1
 
-    def _moments(self, plan: Plan, held: States, moment: Moment) -> tuple[dict[str, float], float]:
-        """What each purpose takes in full, and as the peak the worst of three moments: the loss, the first block's backward, and
-        after the backward with every gradient. Also that peak with the allocator's slack.
-        """
+    def _moments(self, plan: Plan, held: States, moment: InFlight) -> tuple[dict[str, float], float]:
+        """What each purpose takes in full, and as the peak the worst of three moments; also that with the allocator's slack."""
         kept, at_loss, at_block, movable = moment
         kept -= min(movable, max(0.0, self.cluster.device.host_memory_bytes - held.host))
-        whole, slack = self.whole_gradients(plan), 1 + self.slack
-        found = (
-            (held.gradients if whole and not pipeline.all_forward(plan.schedule, plan.pp) else 0.0, kept, at_loss + held.awake),
-            (held.gradients if whole else held.opened, kept + min(0.0, at_block), max(0.0, at_block) + held.gathered),
-            (held.gradients, 0.0, held.gathered),
-        )
-        worst = max(found, key=lambda each: each[0] + (each[1] + each[2]) * slack)
+        moving = (kept, at_loss), (kept + min(0.0, at_block), max(0.0, at_block)), (0.0, 0.0)
+        beside = self._beside(plan, held)
+        found = [(g, alive, more + gathered) for (g, gathered), (alive, more) in zip(beside, moving, strict=True)]
+        worst = max(found, key=lambda each: each[0] + (each[1] + each[2]) * (1 + self.slack))
         parts = {"parameters": held.parameters, "gradients": held.gradients, "optimizer": held.optimizer}
         parts |= {"activations": kept, "temporary": worst[2]}
         peak = held.parameters + held.optimizer + sum(worst)

@@ -22,7 +22,7 @@ from meshwright.pause import uncollected
 from meshwright.plan import pipeline
 from meshwright.plan.footprint import Elements
 from meshwright.plan.plan import Plan, moved
-from meshwright.plan.predict import Base, Moment, Need, Pricer
+from meshwright.plan.predict import Base, InFlight, Need, Pricer
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.space import LARGEST_MICRO_BATCH, Family, Space, divisors
 from meshwright.plan.suited import check_subjects
@@ -352,7 +352,7 @@ class _Member:
         self.held = best.held(family, some)
         self.budgets = best.space.budgets(family)
         self._bases: dict[str, Base] = {}
-        self._moments: dict[Any, list[Moment]] = {}
+        self._moments: dict[Any, list[InFlight]] = {}
 
     def may_fit(self, tails: Sequence[Sequence[Tail]]) -> bool:
         """Whether the least of each kind of bytes that any tail holds would fit together."""
@@ -374,8 +374,7 @@ class _Member:
 
         The fill of 1f1b and of looped schedules is the sum over ranks without the longest, which grows with every rank's time.
         """
-        tried: Plan = object.__new__(Plan)
-        tried.__dict__.update(self.some.__dict__, recompute=recompute)
+        tried = self.best.space.plan(self.family, self.schedule | {"recompute": recompute})
         fill = 0.0
         if self.some.pp > 1 and self.some.schedule in ("1f1b", *pipeline.VIRTUAL):
             fill = self._base(self.some, self.split).span - self.pricer.least(self.some, self.split)
@@ -393,7 +392,7 @@ class _Member:
                 return
             split = self.split
             if recompute != plan.recompute:
-                plan.__dict__["recompute"] = recompute  # made above, and nobody else's
+                plan = self.best.space.plan(self.family, self.schedule | tail | {"recompute": recompute})
                 split = self.full
             if split is self.full and self._least(plan.recompute) >= self.best.worst:
                 self.best.reject(SLOWER, len(tails) - index)
@@ -416,7 +415,7 @@ class _Member:
             self.held.needs[place] = [self.best.need(plan, key, each) for each in self.held.elements]
         return self.held.needs[place]
 
-    def _kept(self, offload: str, split: Split) -> list[Moment]:
+    def _kept(self, offload: str, split: Split) -> list[InFlight]:
         """Activations on the ranks that may be the heaviest (see `Pricer.activations`)."""
         key = split is self.full, moved(offload, "activations")
         if key not in self._moments:

@@ -147,8 +147,8 @@ class Space:
             pp=family.pp,
             microbatches=family.micro,
             recompute=family.recompute,
-            **member,
         )
+        made.__dict__.update(member)
         return made
 
     def _values(self, name: str, values: list[Any], **beside: Any) -> list[Any]:
