@@ -41,6 +41,10 @@ _FUSED_ON_CPU = (torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch
 _WEIGHT = ""
 """The field of an item that belongs to the weight itself: its master, or what rounding left of it."""
 _AS_IS = Form("fp32")
+_APART = 8192
+"""Bytes between large fields: an update reads them side by side, and addresses a power of two apart share a place in the cache
+(three to seven times slower on an EPYC).
+"""
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ class StoredOptimizer(BoundOptimizer):
             for each in self._fields[id(piece.entry)]:
                 nbytes = each.form.nbytes(piece.count, each.dtype)
                 piece.places[each.key] = slice(end, end + nbytes)
-                end += -(-nbytes // 64) * 64
+                end += -(-nbytes // 64) * 64 + (_APART if nbytes >= 128 * _APART else 0)
         return end
 
     def _store_weights(self) -> None:

@@ -1,10 +1,11 @@
 """`offload=activations`: what blocks save for the backward lies in host memory or on disk until shortly before it is needed.
 
-Every storage that a block's call saves goes out once, however many views of it are saved, while the next block computes; when the
-backward reaches a block, what the block before it saved is on its way back. Parameters, buffers, inputs without a gradient (masks,
-position tables) and whatever is smaller than `SMALLEST` stay. Activations on the device are those of about two blocks: the one at
-work and the one that travels. The fraction of `offload=activations:...@0.5` counts blocks: the first ones go, to disk before to the
-host; the last ones stay, whose turn in the backward comes first.
+Every storage that a block's call saves goes out once, however many views of it are saved. Its memory is let go of when the call
+after the next one begins, which waits for the transfer if it must; when the backward reaches a block, what the block before it
+saved is on its way back. So activations on the device are always those of two blocks, the one at work and the one that travels.
+Parameters, buffers, inputs without a gradient (masks, position tables) and whatever is smaller than `SMALLEST` stay. The fraction
+of `offload=activations:...@0.5` counts blocks: the first ones go, to disk before to the host; the last ones stay, whose turn in the
+backward comes first.
 
 On a GPU tensors travel on a stream of their own, through pinned buffers that are used again.
 """
@@ -47,6 +48,7 @@ class Activations:
         self._known = False
         self._last: _Call | None = None
         self._current: _Call | None = None
+        self._here: deque[_Call | None] = deque()  # calls whose storages may still be here; None for one that sends nothing
 
     @property
     def written_bytes(self) -> int:
@@ -64,18 +66,23 @@ class Activations:
     def block(self, name: str, module: nn.Module, given: Sequence[Tensor]) -> Iterator[None]:
         """Entered around a block's call on the tensors `given`."""
         home = self._home(name)
-        if home is None or not torch.is_grad_enabled():
+        while len(self._here) > 1:
+            if (before := self._here.popleft()) is not None:
+                before.let_go()
+        if home is None:
+            self._here.append(None)
             yield
             return
         stays = (*module.parameters(), *module.buffers(), *(tensor for tensor in given if not tensor.requires_grad))
         call = _Call(home, {_torch.storage_key(tensor) for tensor in stays}, self._last)
         self._last = self._current = call
+        self._here.append(call)
         try:
             with saved_tensors_hooks(self.pack, self.unpack):
                 yield
         finally:
             self._current = None
-            call.close()
+            call.stored = {}  # their keys may come again; whoever saved the tensors holds them by their views
 
     def pack(self, tensor: Tensor) -> Any:
         """What is kept in the place of a saved tensor of the block at work."""
@@ -123,7 +130,7 @@ class _Call:
         self.home, self.stays, self.before = home, stays, before
         self.stored: dict[int, _Stored] = {}
         self.kept: list[weakref.ref[_Stored]] = []
-        self.fetched = self.closed = False
+        self.fetched = False
 
     def store(self, tensor: Tensor) -> _Stored | None:
         """Send a tensor's storage out, unless it stays."""
@@ -135,23 +142,23 @@ class _Call:
             self.kept.append(weakref.ref(self.stored[key]))
         return self.stored[key]
 
-    def close(self) -> None:
-        """The call is over: storages may go, and their keys come again; whoever saved the tensors holds them by their views."""
-        self.stored, self.closed = {}, True
+    def _living(self) -> Iterator[_Stored]:
+        return (stored for reference in self.kept if (stored := reference()) is not None)
 
-    def forget(self, stored: _Stored) -> None:
-        """A storage goes while the call is under way: its key may come again."""
-        self.stored = {key: other for key, other in self.stored.items() if other is not stored}
+    def let_go(self) -> None:
+        """Free what has been sent, once it has left."""
+        self.home.tidy()
+        for stored in self._living():
+            self.home.left(stored.ticket)
+            stored.memory = None
 
     def fetch(self) -> None:
         """Begin to bring back what is out, and what the call before has out."""
         for call in (self, self.before):
             if call is not None and not call.fetched:
                 call.fetched = True
-                for reference in call.kept:
-                    stored = reference()
-                    if stored is not None:
-                        stored.fetch()
+                for stored in call._living():
+                    stored.fetch()
         self.before = None
 
 
@@ -173,15 +180,13 @@ class _Stored:
         return self.memory if self.memory is not None else self.call.home.receive(self.ticket)
 
     def __del__(self) -> None:
-        if hasattr(self, "ticket"):  # in whatever thread collects it: what is to be done is done later
+        if hasattr(self, "ticket"):  # in whatever thread collects it: what has to wait for a transfer is done later
+            self.ticket.drop()
             self.call.home.freed.append(self.ticket)
 
 
 class _Home:
-    """Where storages go: `send` begins to take one out, `fetch` begins to bring it back, `receive` gives it.
-
-    `freed` are the tickets of those that nobody needs any more.
-    """
+    """Where storages go. `freed` are the tickets of those that nobody needs any more."""
 
     written = 0
 
@@ -192,6 +197,10 @@ class _Home:
         """Begin to take a storage out; return what it is found by."""
         raise NotImplementedError
 
+    def left(self, ticket: Any) -> None:
+        """Wait until it is out, or have the device wait before it uses the memory again."""
+        raise NotImplementedError
+
     def fetch(self, ticket: Any) -> None:
         """Begin to bring it back."""
         raise NotImplementedError
@@ -200,25 +209,35 @@ class _Home:
         """Return it."""
         raise NotImplementedError
 
+    def tidy(self) -> None:
+        """Give the room of what was freed to what comes next."""
+        while self.freed:
+            self.free(self.freed.popleft())
+
+    def free(self, ticket: Any) -> None:
+        """Let another storage have its room."""
+        raise NotImplementedError
+
 
 class _DiskTicket:
-    """A slot with what is being read from it."""
+    """A slot with what is being written to it or read from it."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: Slot, writing: Transfer) -> None:
         self.slot = slot
+        self.writing: Transfer | None = writing
         self.reading: Transfer | None = None
+
+    def drop(self) -> None:
+        """Let go of what came back; a transfer under way holds its own memory."""
+        self.writing = self.reading = None
 
 
 class _OnDisk(_Home):
-    """A file of this rank. At most `_UNDER_WAY` bytes wait to be written; beyond, the forward waits for the disk."""
-
-    _UNDER_WAY = 256 << 20
+    """A file of this rank."""
 
     def __init__(self, directory: str) -> None:
         super().__init__()
         self.disk = Disk(directory)
-        self.waiting: deque[tuple[Sequence[Any], int, _Call, weakref.ref[_Stored]]] = deque()
-        self.bytes_waiting = 0
 
     @property
     def written(self) -> int:  # type: ignore[override]
@@ -227,31 +246,15 @@ class _OnDisk(_Home):
 
     def send(self, stored: _Stored) -> _DiskTicket:
         """Begin to take a storage out; return what it is found by."""
-        self._let_go()
         assert stored.memory is not None
         slot = self.disk.slot(stored.memory.nbytes)
-        blocks = self.disk.write(slot, stored.memory).blocks
-        self.waiting.append((blocks, slot.nbytes, stored.call, weakref.ref(stored)))
-        self.bytes_waiting += slot.nbytes
-        return _DiskTicket(slot)
+        return _DiskTicket(slot, self.disk.write(slot, stored.memory))
 
-    def _let_go(self) -> None:
-        """Of memory that has been written, and of room that nobody needs."""
-        while self.freed:
-            self.disk.release(self.freed.popleft().slot)
-        while self.waiting:
-            blocks, nbytes, call, reference = self.waiting[0]
-            done = call.closed and all(block.done() for block in blocks)
-            if not done and self.bytes_waiting <= self._UNDER_WAY:
-                return
-            self.waiting.popleft()
-            self.bytes_waiting -= nbytes
-            for block in blocks:
-                block.result()
-            stored = reference()
-            if stored is not None:
-                call.forget(stored)
-                stored.memory = None
+    def left(self, ticket: _DiskTicket) -> None:
+        """Wait until it is written. Raises `TrainingError` where the disk failed."""
+        if ticket.writing is not None:
+            ticket.writing.wait()
+            ticket.writing = None
 
     def fetch(self, ticket: _DiskTicket) -> None:
         """Begin to bring it back."""
@@ -264,63 +267,50 @@ class _OnDisk(_Home):
         assert ticket.reading is not None
         return ticket.reading.wait()
 
+    def free(self, ticket: _DiskTicket) -> None:
+        """Let another storage have its slot."""
+        self.disk.release(ticket.slot)
+
 
 class _GpuTicket:
-    """A pinned copy; `gone` is when it is whole, `coming` the copy on the device that it is being brought back to."""
+    """A pinned copy, whole once `gone` is reached; `memory` is what it is brought back to, there once `there` is reached."""
 
-    def __init__(self, host: Tensor | None, nbytes: int, gone: Any) -> None:
-        self.host, self.nbytes, self.gone = host, nbytes, gone
+    def __init__(self, host: Tensor, gone: Any) -> None:
+        self.host: Tensor | None = host
+        self.nbytes, self.gone = host.nbytes, gone
         self.slot: Slot | None = None
-        self.writing: Sequence[Any] = ()
+        self.writing: Transfer | None = None
         self.reading: Transfer | None = None
-        self.coming: tuple[Tensor, Any] | None = None
+        self.memory: Tensor | None = None
+        self.there: Any = None
+        self.received = False
+
+    def drop(self) -> None:
+        """Let go of what came back; what nobody took waits for the copy into it."""
+        if self.received:
+            self.memory = None
 
 
 class _Gpu(_Home):
-    """Pinned buffers, and behind them a file if there is a directory. Copies run on one stream, in the order asked for. At most
-    `_BUFFERS` wait to be written.
-    """
-
-    _BUFFERS = 64
+    """Pinned buffers, and behind them a file if there is a directory. Copies run on one stream, in the order asked for."""
 
     def __init__(self, device: torch.device, directory: str | None) -> None:
         super().__init__()
         self.device, self.stream = device, torch.cuda.Stream(device)
         self.disk = Disk(directory) if directory is not None else None
         self.spare: dict[int, list[Tensor]] = {}
-        self.waiting: deque[tuple[_GpuTicket, _Call, weakref.ref[_Stored]]] = deque()
-        self.writing: deque[_GpuTicket] = deque()
 
     def _pinned(self, nbytes: int) -> Tensor:
         spare = self.spare.get(nbytes)
         return spare.pop() if spare else torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
-    def _settle(self, call: _Call) -> None:
-        """Let go of what earlier calls have sent: the device goes on only when it has left. And of buffers that are on disk."""
-        while self.freed:
-            self._free(self.freed.popleft())
-        while self.waiting and self.waiting[0][1] is not call:
-            ticket, _, reference = self.waiting.popleft()
-            torch.cuda.current_stream(self.device).wait_event(ticket.gone)
-            stored = reference()
-            if stored is not None:
-                stored.memory = None
-        while self.writing and (all(block.done() for block in self.writing[0].writing) or len(self.writing) > self._BUFFERS):
-            ticket = self.writing.popleft()
-            for block in ticket.writing:
-                block.result()
-            self._give_back(ticket)
-
     def _give_back(self, ticket: _GpuTicket) -> None:
         if ticket.host is not None:
-            if self.disk is not None and ticket.coming is not None:
-                ticket.coming[1].synchronize()  # a thread of the disk may be the next to write into it
             self.spare.setdefault(ticket.nbytes, []).append(ticket.host)
             ticket.host = None
 
     def send(self, stored: _Stored) -> _GpuTicket:
         """Begin to take a storage out; return what it is found by."""
-        self._settle(stored.call)
         assert stored.memory is not None
         host = self._pinned(stored.memory.nbytes)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -328,20 +318,27 @@ class _Gpu(_Home):
             host.copy_(stored.memory, non_blocking=True)
             gone = self.stream.record_event()
         self.written += host.nbytes
-        ticket = _GpuTicket(host, host.nbytes, gone)
+        ticket = _GpuTicket(host, gone)
         if self.disk is not None:
             ticket.slot = self.disk.slot(host.nbytes)
-            ticket.writing = self.disk.write(ticket.slot, host, after=gone.synchronize).blocks
-            self.writing.append(ticket)
-        self.waiting.append((ticket, stored.call, weakref.ref(stored)))
+            ticket.writing = self.disk.write(ticket.slot, host, after=gone.synchronize)
         return ticket
+
+    def left(self, ticket: _GpuTicket) -> None:
+        """Have the device wait until it has left; one that goes to disk gives its buffer back."""
+        torch.cuda.current_stream(self.device).wait_event(ticket.gone)
+        if ticket.writing is not None:
+            ticket.writing.wait()
+            ticket.writing = None
+            self._give_back(ticket)
 
     def fetch(self, ticket: _GpuTicket) -> None:
         """Begin to bring it back."""
-        if ticket.coming is not None or ticket.reading is not None:
+        if ticket.memory is not None or ticket.reading is not None:
             return
-        if ticket.slot is not None and ticket.host is None:
+        if ticket.host is None:
             assert self.disk is not None
+            assert ticket.slot is not None
             ticket.host = self._pinned(ticket.nbytes)
             ticket.reading = self.disk.read(ticket.slot, ticket.host)
             return
@@ -349,31 +346,34 @@ class _Gpu(_Home):
 
     def _bring(self, ticket: _GpuTicket) -> None:
         assert ticket.host is not None
-        memory = torch.empty(ticket.nbytes, dtype=torch.uint8, device=self.device)
+        ticket.memory = torch.empty(ticket.nbytes, dtype=torch.uint8, device=self.device)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            memory.copy_(ticket.host, non_blocking=True)
-            ticket.coming = (memory, self.stream.record_event())
+            ticket.memory.copy_(ticket.host, non_blocking=True)
+            ticket.there = self.stream.record_event()
 
     def receive(self, ticket: _GpuTicket) -> Tensor:
         """Return it."""
         self.fetch(ticket)
-        if ticket.reading is not None and ticket.coming is None:
+        if ticket.reading is not None and ticket.memory is None:
             ticket.reading.wait()
             self._bring(ticket)
-        assert ticket.coming is not None
-        memory, there = ticket.coming
-        torch.cuda.current_stream(self.device).wait_event(there)
-        return memory
+        assert ticket.memory is not None
+        torch.cuda.current_stream(self.device).wait_event(ticket.there)
+        ticket.received = True
+        return ticket.memory
 
-    def _free(self, ticket: _GpuTicket) -> None:
-        """Forget it: its room may be used again."""
-        if ticket.coming is not None:  # perhaps nobody took it: its memory must not be used again before the copy into it is over
-            torch.cuda.current_stream(self.device).wait_event(ticket.coming[1])
-        if ticket.slot is not None:
-            assert self.disk is not None
-            if ticket.host is not None:
-                for block in (*ticket.writing, *(ticket.reading.blocks if ticket.reading is not None else ())):
-                    block.result()
+    def free(self, ticket: _GpuTicket) -> None:
+        """Let another storage have its buffer and its slot."""
+        if ticket.memory is not None:  # nobody took it: its memory must not be used again before the copy into it is over
+            torch.cuda.current_stream(self.device).wait_event(ticket.there)
+            ticket.memory = None
+        for transfer in (ticket.writing, ticket.reading):
+            if transfer is not None:
+                transfer.wait()
+        if self.disk is not None:
+            assert ticket.slot is not None
             self.disk.release(ticket.slot)
+            if ticket.there is not None:
+                ticket.there.synchronize()  # a thread of the disk may be the next to write into the buffer
         self._give_back(ticket)  # later copies into it run on the same stream, after those out of it
