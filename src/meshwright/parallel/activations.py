@@ -200,6 +200,15 @@ class _Home:
         """Return it."""
         raise NotImplementedError
 
+    def forget(self, ticket: Any) -> None:
+        """Its room may be used again."""
+        raise NotImplementedError
+
+    def tidy(self) -> None:
+        """Forget what nobody needs: a ticket holds what it has brought back."""
+        while self.freed:
+            self.forget(self.freed.popleft())
+
 
 class _DiskTicket:
     """A slot with what is being read from it."""
@@ -237,8 +246,7 @@ class _OnDisk(_Home):
 
     def _let_go(self) -> None:
         """Of memory that has been written, and of room that nobody needs."""
-        while self.freed:
-            self.disk.release(self.freed.popleft().slot)
+        self.tidy()
         while self.waiting:
             blocks, nbytes, call, reference = self.waiting[0]
             done = call.closed and all(block.done() for block in blocks)
@@ -258,8 +266,13 @@ class _OnDisk(_Home):
         if ticket.reading is None:
             ticket.reading = self.disk.read(ticket.slot, aligned(ticket.slot.nbytes))
 
+    def forget(self, ticket: _DiskTicket) -> None:
+        """Its room may be used again."""
+        self.disk.release(ticket.slot)
+
     def receive(self, ticket: _DiskTicket) -> Tensor:
         """Return it."""
+        self.tidy()
         self.fetch(ticket)
         assert ticket.reading is not None
         return ticket.reading.wait()
@@ -297,8 +310,7 @@ class _Gpu(_Home):
 
     def _settle(self, call: _Call) -> None:
         """Let go of what earlier calls have sent: the device goes on only when it has left. And of buffers that are on disk."""
-        while self.freed:
-            self._free(self.freed.popleft())
+        self.tidy()
         while self.waiting and self.waiting[0][1] is not call:
             ticket, _, reference = self.waiting.popleft()
             torch.cuda.current_stream(self.device).wait_event(ticket.gone)
@@ -357,6 +369,7 @@ class _Gpu(_Home):
 
     def receive(self, ticket: _GpuTicket) -> Tensor:
         """Return it."""
+        self.tidy()
         self.fetch(ticket)
         if ticket.reading is not None and ticket.coming is None:
             ticket.reading.wait()
@@ -366,8 +379,8 @@ class _Gpu(_Home):
         torch.cuda.current_stream(self.device).wait_event(there)
         return memory
 
-    def _free(self, ticket: _GpuTicket) -> None:
-        """Forget it: its room may be used again."""
+    def forget(self, ticket: _GpuTicket) -> None:
+        """Its room may be used again."""
         if ticket.coming is not None:  # perhaps nobody took it: its memory must not be used again before the copy into it is over
             torch.cuda.current_stream(self.device).wait_event(ticket.coming[1])
         if ticket.slot is not None:
