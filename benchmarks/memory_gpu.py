@@ -1,6 +1,7 @@
 """Memory on one CUDA device: what each kind of offload costs a Llama's utilisation, and the largest Llama that trains there.
 
     python benchmarks/memory_gpu.py --directory /scratch                 # both sections; the JSON grows with every case
+    python benchmarks/memory_gpu.py --section offload --models 8B --kinds 1 2 --steps 3   # some cases only
     python benchmarks/memory_gpu.py --section largest --directory /scratch --billions 30
     python benchmarks/memory_gpu.py --device cpu --dry                   # tiny sizes: does it run?
 
@@ -8,7 +9,8 @@
 out) of a 1B and an 8B Llama in bfloat16, without offload where it fits and with each kind. A step has `--microbatches` of `--rows`
 sequences, since what an update takes is the same for every batch. `largest`: seconds per step of a Llama of the asked size against
 the floor that the host's link gives: the bytes that a step must move over PCIe at the rates measured in the same run. Each case
-runs in a process of its own with a limit of time, so that one that does not fit, dies or hangs fails alone.
+runs in a process of its own with a limit of time, so that one that does not fit, dies or hangs fails alone. Weights are one draw
+of a million numbers, repeated: to draw 8 billion takes a core the better part of a minute.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import resource
+import shutil
 import statistics
 import tempfile
 import time
@@ -30,6 +33,7 @@ import meshwright as mw
 from meshwright.models import decoder
 from meshwright.plan import Plan
 from meshwright.plan.memory import state_bytes
+from meshwright.plan.plan import offloads
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets."""
@@ -47,8 +51,10 @@ def main() -> None:
     parser.add_argument("--directory")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--billions", type=float, nargs="*", default=[13.0, 20.0, 30.0, 40.0])
-    parser.add_argument("--rows", type=int, default=4, help="sequences in a micro-batch")
-    parser.add_argument("--microbatches", type=int, default=4)
+    parser.add_argument("--models", choices=("1B", "8B"), nargs="*", default=["1B", "8B"], help="of `offload`")
+    parser.add_argument("--kinds", type=int, nargs="*", help="of `offload`, by number from 0; all by default")
+    parser.add_argument("--rows", type=int, default=2, help="sequences in a micro-batch")
+    parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=8.0, help="that a case may take")
     parser.add_argument("--extra", default="recompute=selective loss_chunks=16", help="further items of the plans of `offload`")
@@ -86,18 +92,35 @@ def _print(title: str, found: list[dict[str, Any]], directory: str) -> None:
 
 
 def _offload(arguments: argparse.Namespace, directory: str) -> list[tuple[str, dict[str, int], str]]:
-    base = f"precision=bf16 microbatches={arguments.microbatches} {arguments.extra}".strip()
+    names = ["dry"] if arguments.dry else arguments.models
+    kinds = [(name, plan) for name in names for plan in _kinds(arguments, name, directory)]
+    return [(name, SIZES[name], plan) for name, plan in kinds]
+
+
+def _kinds(arguments: argparse.Namespace, name: str, directory: str) -> list[str]:
+    bare = f"precision=bf16 microbatches={arguments.microbatches}"
+    base = f"{bare} {arguments.extra}".strip()
+    # 12 bytes of states and master a parameter, as much of them as the disk has room for.
+    share = min(1.0, int(80 * shutil.disk_usage(directory).free / (12 * _parameters(SIZES[name]))) / 100)
     kinds = [
         base,
         f"{base} offload=optimizer:cpu",
         f"{base} offload=optimizer:cpu update=backward",
         f"{base} offload=optimizer:cpu@0.5",
-        f"{base} offload=optimizer:nvme={directory}",
+        f"{base} offload=optimizer:nvme={directory}" + (f"@{share:g}" if share < 1.0 else ""),
         f"{base} offload=params:cpu",
-        f"precision=bf16 microbatches={arguments.microbatches} loss_chunks=16 offload=activations:cpu,optimizer:cpu",
+        # What an 8B saves in full is more than a host has beside its states, and takes several times as long to move as to compute.
+        f"{bare} recompute=full loss_chunks=16 offload=activations:cpu,optimizer:cpu",
         f"{base} master=kahan optimizer_state=int8",
     ]
-    return [(name, SIZES[name], plan) for name in (["dry"] if arguments.dry else ["1B", "8B"]) for plan in kinds]
+    return kinds if arguments.kinds is None else [kinds[number] for number in arguments.kinds]
+
+
+def _parameters(sizes: dict[str, int]) -> int:
+    """The matrices' elements of a Llama."""
+    hidden, heads = sizes["hidden"], sizes["heads"]
+    attention = 2 * hidden * hidden * (heads + sizes["kv_heads"]) // heads
+    return 2 * sizes["vocab"] * hidden + sizes["layers"] * (attention + 3 * hidden * sizes["ffn"])
 
 
 def _largest(arguments: argparse.Namespace, directory: str) -> list[tuple[str, dict[str, int], str]]:
@@ -146,6 +169,18 @@ def _case(pipe: Connection, sizes: dict[str, int], plan: str, rows: int, steps: 
         pipe.send({"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
 
 
+def _model(config: decoder.DecoderConfig) -> decoder.Decoder:
+    """A Llama with cheap weights that are random all the same: how fast a GPU multiplies depends on the bits."""
+    model = decoder.Decoder(config)
+    drawn = 0.02 * torch.randn(1 << 20)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                times = -(-parameter.numel() // len(drawn))
+                parameter.copy_(drawn.expand(times, -1).reshape(-1)[: parameter.numel()].view_as(parameter))
+    return model
+
+
 def _measure(sizes: dict[str, int], plan: str, rows: int, steps: int, device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     config = decoder.llama(**sizes)
@@ -153,7 +188,7 @@ def _measure(sizes: dict[str, int], plan: str, rows: int, steps: int, device: to
     tokens = torch.randint(0, sizes["vocab"], (rows, sizes["sequence"]))
     batch = (tokens, tokens.roll(-1, 1))
     engine = mw.parallelize(
-        lambda: decoder.Decoder(config),
+        lambda: _model(config),
         plan,
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-4),
         loss_fn=mw.losses.cross_entropy,
@@ -189,8 +224,9 @@ def _measure(sizes: dict[str, int], plan: str, rows: int, steps: int, device: to
 
 
 def _floor(plan: Plan, parameters: int, device: torch.device) -> dict[str, float]:
-    """Seconds that a step's bytes take over PCIe alone: shards down twice a micro-batch and up once, gradients up, updated weights
-    down; both directions at once.
+    """Seconds that a step's bytes take over PCIe alone, both directions at once: what lies on the host of the weights comes down
+    twice a micro-batch; what is updated there takes its gradients up, and weights that lie on the device down; what is updated on
+    the device takes weights that lie on the host up again.
     """
     if device.type != "cuda":
         return {}
@@ -206,10 +242,10 @@ def _floor(plan: Plan, parameters: int, device: torch.device) -> dict[str, float
         torch.cuda.synchronize()
         rates.append(4 * len(here) / (time.perf_counter() - start))
     each = 4.0 if plan.master == "fp32" else 2.0  # zero=3 shards the master, and has gradients of its dtype
-    weights = each * parameters if "params" in plan.offload else 0.0
-    updated = "optimizer" in plan.offload
-    down = 2 * weights * plan.microbatches + 2.0 * parameters * updated
-    up = weights + (each if weights else 4.0) * parameters * updated
+    away = {what: sum(item.fraction for item in offloads(plan.offload) if item.what == what) for what in ("params", "optimizer")}
+    weights, updated = each * parameters * away["params"], parameters * away["optimizer"]
+    down = 2 * weights * plan.microbatches + 2.0 * updated * (1.0 - away["params"])
+    up = (each if weights else 4.0) * updated + weights * (1.0 - away["optimizer"])
     return {"floor_s": max(down / rates[0], up / rates[1]), "down_bytes_per_s": rates[0], "up_bytes_per_s": rates[1]}
 
 

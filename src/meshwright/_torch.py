@@ -6,7 +6,7 @@ Each borrowed name has a line saying why it is needed; everything else in the pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -225,10 +225,23 @@ def _home(hook: Any) -> str:
     return f"{getattr(wrapped, '__module__', '')} {type(owner).__module__}".lower()
 
 
-def without_autocast() -> Any:
-    """Return a context without autocast: a program's casts are its own ops."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Run without autocast: a program's casts are its own ops."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def autocast_of_traces() -> Any:
+    """Return a context in which a trace gets the casts that a GPU's run has: its tensors are the CPU's, which autocast for CUDA
+    leaves alone.
+    """
+    if not torch.is_autocast_enabled("cuda"):
+        return nullcontext()
+    return torch.autocast("cpu", dtype=torch.get_autocast_dtype("cuda"), cache_enabled=False)
 
 
 def seeded_default_generators(device: torch.device) -> list[torch.Generator]:

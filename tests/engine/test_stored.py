@@ -1,6 +1,7 @@
 """States in other forms and places, and updates inside the backward: the same numbers where the arithmetic is the same."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import meshwright as mw
 import ranks
 from meshwright.engine.stored import StoredOptimizer
+from meshwright.parallel.copies import Copies
 from parity import assert_same_as_single_device
 
 QUICK = [
@@ -116,6 +118,56 @@ def test_an_update_beside_the_backward_gives_the_same(plan: str, tmp_path: Path)
     assert found[0] == expected[0]
     for name, value in expected[1].items():
         assert torch.equal(found[1][name], value)
+
+
+class Late(Copies):
+    """Copies as lazy as a device's may be: nothing is there before it has been waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.rising: list[Any] = []
+        self.falling: list[Any] = []
+
+    def down(self, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        self.falling.append((torch.full_like(tensor, torch.nan, dtype=dtype), tensor))
+        return self.falling[-1][0]
+
+    def begun(self) -> Any:
+        begun, self.falling = self.falling, []
+        return begun
+
+    def fill(self, pairs: Any) -> Any:
+        return list(pairs)
+
+    def arrived(self, begun: Any) -> None:
+        for target, source in begun:
+            target.copy_(source)
+        begun.clear()
+
+    def up(self, target: torch.Tensor, value: torch.Tensor) -> None:
+        self.rising.append((target, value.clone()))
+
+    def land(self) -> None:
+        self.arrived(self.rising)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "offload=optimizer:nvme={dir},params:nvme={dir}",
+        "update=backward clip=two_pass microbatches=2 offload=optimizer:nvme={dir},params:nvme={dir}",
+        "update=backward clip=two_pass optimizer_state=bf16 offload=optimizer:nvme={dir}",
+    ],
+)
+def test_nothing_counts_on_a_copy_before_it_has_waited_for_it(plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan.format(dir=tmp_path)
+    beside = "params" not in plan
+    expected = wide(plan)
+    monkeypatch.setattr("meshwright.engine.stored.Copies", Late)
+    monkeypatch.setattr("meshwright.parallel.parked.Copies", Late)
+    found = wide(plan, beside)
+    assert found[0] == expected[0]
+    assert {name for name, value in expected[1].items() if not torch.equal(found[1][name], value)} == set()
 
 
 def test_what_goes_wrong_beside_the_backward_stops_the_step() -> None:

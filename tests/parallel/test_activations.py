@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,31 @@ def test_each_storage_goes_out_once_and_its_room_is_used_again(tmp_path: Path, f
     assert offload.written_bytes - before == each * (3 if fraction else 6) - x.nbytes  # the batch stays
     assert disk._end == end
     assert disk.read_back > 0
+
+
+def test_what_has_come_back_goes_when_its_block_is_done(tmp_path: Path) -> None:
+    engine = engine_of(f"offload=activations:nvme={tmp_path}")
+    alive = 0
+
+    def gone(size: int) -> None:
+        nonlocal alive
+        alive -= size
+
+    disk = engine._applied.recompute.offload._ends[0][1].disk
+    read = disk.read
+
+    def counted(slot: Any, tensor: torch.Tensor) -> Any:
+        nonlocal alive
+        alive += tensor.nbytes
+        weakref.finalize(tensor.untyped_storage(), gone, tensor.nbytes)
+        return read(slot, tensor)
+
+    disk.read = counted
+    seen = []
+    engine.module.blocks[0].register_full_backward_hook(lambda *_: seen.append(alive))
+    engine.step(torch.randn(100, 64))
+    each = 100 * (64 + 256 + 256) * 4
+    assert 0 < seen[0] <= 3 * each  # of six blocks
 
 
 def test_split_backwards_need_recompute(tmp_path: Path) -> None:

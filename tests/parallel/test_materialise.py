@@ -11,7 +11,7 @@ from torch import nn
 import meshwright as mw
 import ranks
 import zoo
-from meshwright.parallel.materialise import build
+from meshwright.parallel.materialise import build, derive_seed
 
 
 class Peculiar(nn.Module):
@@ -70,6 +70,49 @@ def test_values_are_those_that_the_code_asks_for() -> None:
     assert value(module.truncated.bias).tolist() == list(range(8))
     assert value(module.scale).item() == 2.5
     assert not value(module.unset).any()
+
+
+class Redrawn(nn.Module):
+    """Values that are drawn again, whole or in part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.part = nn.Parameter(torch.empty(4, 6)), nn.Parameter(torch.empty(4, 6))
+        for parameter in (self.whole, self.part):
+            nn.init.uniform_(parameter, 5.0, 6.0)
+        nn.init.normal_(self.whole)
+        nn.init.normal_(self.part[1:])
+        with torch.no_grad():
+            self.whole.mul_(2.0)
+
+
+class Noted:
+    """A generator that notes its seeds."""
+
+    def __init__(self, generator: torch.Generator, seeds: list[int]) -> None:
+        self.generator, self.seeds = generator, seeds
+
+    def manual_seed(self, seed: int) -> torch.Generator:
+        self.seeds.append(seed)
+        return self.generator.manual_seed(seed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.generator, name)
+
+
+def test_what_is_drawn_again_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    module, recording = build(Redrawn, seed=1)
+    assert recording is not None
+    drawn = [derive_seed(1, ordinal) for ordinal in range(4)]
+    monkeypatch.setattr(torch, "default_generator", Noted(torch.default_generator, seeds))
+    whole = recording.value(module.whole)
+    assert seeds == [drawn[2]]
+    torch.testing.assert_close(whole, 2.0 * torch.empty(4, 6).normal_(generator=torch.Generator().manual_seed(drawn[2])))
+    part = recording.value(module.part)
+    assert seeds[1:] == [drawn[1], drawn[3]]
+    assert (part[0] >= 5.0).all()
+    torch.testing.assert_close(part[1:], torch.empty(3, 6).normal_(generator=torch.Generator().manual_seed(drawn[3])))
 
 
 def test_the_callers_generators_are_left_alone() -> None:

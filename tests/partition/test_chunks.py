@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 import meshwright as mw
 import ranks
+from meshwright.blueprint import costs
 from meshwright.errors import ConfigError, PlanError
+from meshwright.models.decoder import Decoder, llama
 from parity import assert_same_as_single_device
 
 VOCAB, WIDTH, LENGTH = 37, 8, 10
@@ -155,6 +157,42 @@ def test_no_tensor_of_all_logits_is_made_and_no_part_outlives_its_turn() -> None
         gc.enable()
     assert largest < 20 * LENGTH * VOCAB / 4
     assert most <= 20 * LENGTH * VOCAB / 5
+
+
+def decoder_engine(plan: str) -> tuple[Any, Any]:
+    tokens = torch.randint(0, VOCAB, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    batch = (tokens, tokens.roll(-1, 1))
+    engine = mw.parallelize(
+        Decoder(llama(layers=2, hidden=32, heads=4, kv_heads=2, vocab=VOCAB, sequence=LENGTH)),
+        plan,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        loss_fn=mw.losses.cross_entropy,
+        example_batch=batch,
+    )
+    return engine, batch
+
+
+def test_a_program_has_no_kernel_that_only_a_cpu_has() -> None:
+    engine, batch = decoder_engine("loss_chunks=4")
+    names = {costs.base_name(op.func) for op in engine._applied.partition.local(engine.compute_loss, batch, "loss").ops}
+    assert "attention" in names
+    assert not {name for name in names if "cpu" in name or "mkldnn" in name}
+
+
+def test_what_runs_on_a_gpu_has_the_casts_of_autocast() -> None:
+    engine, batch = decoder_engine("loss_chunks=4 precision=bf16")
+    partition = engine._applied.partition
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        expected = partition.traced(engine.compute_loss, batch)
+    torch.set_autocast_enabled("cuda", True)  # as `torch.autocast("cuda")` where there is a GPU
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        found = partition.traced(engine.compute_loss, batch)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", torch.float16)
+    assert [op.func for op in found.ops] == [op.func for op in expected.ops]
+    assert found.values[found.output_numbers()[0]].dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class Engine:
         self.data_rank, self.data_ranks = self.ranks.data_rank, self.ranks.data_ranks
         self.steps = 0
         self.loss_scale = LossScale.of(plan.precision)
-        match_norm_inputs(self.module, plan.precision, self.ranks.device)
+        match_norm_inputs(self.module, plan.precision, self.ranks.device, traced=self._applied.partition is not None)
         self.call_model = self._caller(self.module, self._applied.forward)
         Engine._opened += 1  # engines are made in the same order on every rank, so the count names this one on all of them
         self._ledger = Ledger(self.ranks.rank, self.ranks.world_size, f"engine-{Engine._opened}", timeout_s=1800.0)

@@ -74,12 +74,13 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
-def match_norm_inputs(module: nn.Module, precision: str, device: torch.device) -> None:
+def match_norm_inputs(module: nn.Module, precision: str, device: torch.device, traced: bool) -> None:
     """Let norm layers take inputs of another dtype than their weights under a 16-bit plan on the CPU.
 
-    There autocast leaves norms alone, and they refuse mixed dtypes; on CUDA it runs them in float32 itself.
+    There autocast leaves norms alone, and they refuse mixed dtypes; on CUDA it runs them in float32 itself. Programs are `traced`
+    on the CPU for any device.
     """
-    if COMPUTE_DTYPES[precision] is None or device.type != "cpu":
+    if COMPUTE_DTYPES[precision] is None or (device.type != "cpu" and not traced):
         return
 
     def match(norm: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -162,6 +162,7 @@ class StoredOptimizer(BoundOptimizer):
         """What an item holds of each entry; the optimizer's states are learned from an update of two zeros."""
         learned: dict[tuple[int, torch.dtype], list[_Field]] = {}
         fields = {}
+        self._with_weights: set[tuple[int, str]] = set()  # (group, key): counts that lie where the weights do, not on the host
         for entry in self.entries:
             dtype = self._dtype(entry)
             kind = (self._group_of[id(entry.master)], dtype)
@@ -175,6 +176,8 @@ class StoredOptimizer(BoundOptimizer):
                     for key, value in state.items()
                     if isinstance(value, Tensor) and value.shape == probe.shape
                 ]
+                there = {key for key, value in state.items() if isinstance(value, Tensor) and value.device.type != "cpu"}
+                self._with_weights |= {(kind[0], key) for key in there}
             weight = {"stored": [_Field(_WEIGHT, _AS_IS, dtype)], "kahan": [_Field(_WEIGHT, _AS_IS, torch.bfloat16)]}
             fields[id(entry)] = [*weight.get(self._weights[id(entry)], []), *learned[kind]]
         return fields
@@ -270,6 +273,7 @@ class StoredOptimizer(BoundOptimizer):
                         if following is not None and self.shelf.place(following.slice.number).device != self._device:
                             self._bring(following)
                         self._update_slice(job)
+                    self._copies.land()  # before a unit that was awake is stored and lets go of its memory
                 self._started |= {id(piece.entry) for job in jobs for piece in job.pieces}
 
     def _awake(self, entries: Iterable[Parameter], changed: bool = True) -> AbstractContextManager[None]:
@@ -364,8 +368,11 @@ class StoredOptimizer(BoundOptimizer):
         """Return a piece's states as the optimizer expects them: none before its first update."""
         if id(piece.entry) not in self._started:
             return {}
-        kept = self.torch.state.get(piece.entry.master, {})
-        state = {key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in kept.items()}
+        group = self._group_of[id(piece.entry.master)]
+        state: dict[str, Any] = {}
+        for key, value in self.torch.state.get(piece.entry.master, {}).items():
+            where = memory.device if (group, key) in self._with_weights else torch.device("cpu")
+            state[key] = value.to(where, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
         for each in self._fields[id(piece.entry)]:
             if each.key != _WEIGHT:
                 mine = memory[piece.places[each.key]]

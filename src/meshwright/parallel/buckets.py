@@ -277,7 +277,10 @@ class Buckets:
             if index not in bucket.filled:
                 bucket.views[index].zero_()
         tail = bucket.views[-1]
-        tail[:, : len(bucket.entries)] = torch.tensor([float(entry.used) for entry in bucket.entries], device=tail.device)
+        tail.fill_(1.0)  # number by number: a tensor from the host would wait for the device
+        for index, entry in enumerate(bucket.entries):
+            if not entry.used:
+                tail[:, index] = 0.0
         if bucket is self._carrier:
             loss, items = self._sums.unbind()
             # A count in two digits: float32 holds neither of them inexactly, for up to 4,096 ranks.
@@ -312,7 +315,9 @@ class Buckets:
         if self.shard_group is not None and self.sum_group is not None:
             dist.all_reduce(self._row(bucket), group=self.sum_group)  # the replicas hold the same rows: Psi / N elements in all
         row = self._row(bucket).split([*bucket.counts, bucket.tail])
-        self._give(bucket, row[:-1], row[-1].tolist())
+        alone = self.shard_group is None and self.sum_group is None  # then nobody else's use is in the tail: no wait for the device
+        users = [float(entry.used) for entry in bucket.entries] if alone else row[-1].tolist()
+        self._give(bucket, row[:-1], users)
         del row
         self._updated()
         wait = self.ready(bucket.entries)

@@ -45,8 +45,12 @@ class Copies:
 
     def down(self, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Begin to bring a tensor to where it is worked on (and keep it until `arrived`); as it is where it is there already."""
-        if self._streams is None or tensor.device == device:
+        if self._streams is None:
             return tensor.to(device=device, dtype=dtype)
+        if tensor.device == device:
+            # A gradient of FSDP2 is of another stream, which the caller's thread may have waiting for this one already.
+            tensor.record_stream(torch.cuda.current_stream(self._device))
+            return tensor.to(dtype=dtype)
         with torch.cuda.stream(self._streams[0]):
             return tensor.to(device=device, dtype=dtype, non_blocking=True)  # torch makes the target of such a copy page-locked
 

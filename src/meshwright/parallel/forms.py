@@ -124,7 +124,7 @@ def _blocks(values: Tensor) -> Tensor:
 def _levels(device: torch.device) -> Tensor:
     """What each code stands for in units of A: [512], first with signs, then of blocks without negative values."""
     code = torch.arange(256, dtype=torch.int32, device=device).repeat(2, 1)
-    top = _top(torch.tensor([[False], [True]], device=device))
+    top = _top(torch.arange(2, device=device)[:, None] > 0)  # made there: a tensor from the host would wait for the device
     level = code & top
     size = ((level - top + _ONE) << _CUT).view(torch.float32)
     return torch.where(level == 0, 0.0, torch.where(code > top, -size, size)).view(-1)

@@ -33,6 +33,10 @@ from meshwright.parallel.parameters import Parameter, replace_live
 _META = torch.device("meta")
 _IS_META, _DEVICE = (getattr(Tensor, name).__get__ for name in ("is_meta", "device"))
 _READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+_FILLS = {
+    *(torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default, torch.ops.aten.zero_.default),
+    *(torch.ops.aten.fill_.Scalar, torch.ops.aten.copy_.default),
+}
 _LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
 
 
@@ -145,22 +149,36 @@ class Recording:
         with _torch.outside_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             for index in sorted(self._needed(tensor)):
                 self._replay(self._operations[index], real)
-            return _real(tensor, real).clone()
+            found = _real(tensor, real)
+            return found if found.nbytes == found.untyped_storage().nbytes() else found.clone()
 
     def _needed(self, tensor: Tensor) -> set[int]:
-        """Return the operations that the tensor's storage depends on, walking back through the writers of each storage."""
+        """Return the operations that the tensor's storage depends on, walking back through the writers of each storage.
+
+        What was there before a storage was filled (by a layer's own initialiser, say) is not drawn. It still has to be made.
+        """
         needed: set[int] = set()
         pending = [(storage_key(tensor), len(self._operations))]
         while pending:
             storage, before = pending.pop()
-            for index in self._writers.get(storage, ()):
-                if index >= before or index in needed:
-                    continue
+            writers = [index for index in self._writers.get(storage, ()) if index < before]
+            filled = next((place for place in range(len(writers) - 1, 0, -1) if self._fills(writers[place], storage)), 0)
+            for index in {*writers[:1], *writers[filled:]} - needed:
                 needed.add(index)
                 operation = self._operations[index]
-                for argument in tensors_of((operation.arguments, operation.keywords)):
+                own = 1 if filled and index == writers[filled] else 0  # what it fills it does not read
+                for argument in tensors_of((operation.arguments[own:], operation.keywords)):
                     pending.append((storage_key(argument), index))
         return needed
+
+    def _fills(self, index: int, storage: int) -> bool:
+        """Whether an operation gives every element of a storage a value that depends on none of them."""
+        operation = self._operations[index]
+        if operation.function not in _FILLS:
+            return False
+        target, *others = tensors_of((operation.arguments, operation.keywords))
+        whole = target.is_contiguous() and target.nbytes == target.untyped_storage().nbytes()
+        return whole and storage_key(target) == storage and all(storage_key(other) != storage for other in others)
 
     def _replay(self, operation: _Operation, real: dict[int, torch.UntypedStorage]) -> None:
         if operation.constant is not None:

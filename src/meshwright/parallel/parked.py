@@ -72,8 +72,8 @@ class Parked:
         where = places(offload, "params", ranks.device, sizes)
         away = [number for number, place in enumerate(where) if place != Place(ranks.device)]
         self._numbers = {id(units[number][0]): item for item, number in enumerate(away)}
-        self.shelf = Shelf([sizes[number] for number in away], [where[number] for number in away], travels=True)
         self.ahead = ranks.device.type != "cpu"
+        self.shelf = Shelf([sizes[number] for number in away], [where[number] for number in away], travels=self.ahead)
         self._copies, self._order = Copies(ranks.device), Order()
         self._units: dict[int, _Unit] = {}
         self._numbered: dict[int, _Unit] = {}

@@ -144,7 +144,8 @@ class Partition:
         shapes = {}
         for entry in self.table:
             shapes.update(dict.fromkeys(entry.names, (entry.whole, self._dtype(entry), entry.trainable)))
-        found = trace(Subject(self.module, shapes, self.blocks), function, batch)
+        with _torch.autocast_of_traces():
+            found = trace(Subject(self.module, shapes, self.blocks), function, batch)
         found.sequence = follow_sequence(found)
         self._plain = plain_attributes(self.module)  # its Python may have made new ones
         return found
@@ -171,7 +172,7 @@ class Partition:
         if passes:
             found = passes[-1].result
         else:
-            found = replace(found, ops=[replace(op, func=arguments.runnable(op.func)) for op in found.ops])
+            found = replace(found, ops=[arguments.whole(op) for op in found.ops])
         return chunk_loss(found, self.plan.loss_chunks) if self.plan.loss_chunks > 1 and kind == "loss" else found
 
     def key(self, batch: Any) -> tuple[Any, ...]:

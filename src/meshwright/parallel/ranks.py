@@ -119,7 +119,11 @@ def build_ranks(plan: Plan, device: torch.device | None = None) -> Ranks:
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     if device is None:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        # As tensors say it: cuda is not equal to cuda:0. And where FSDP2 looks for it.
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
     if world_size == 1:
         return Ranks(rank, world_size, device, None, 0, 1, {})
     # Neighbouring ranks share a node, and the more an axis talks the further in it is: tp, then cp, dp_shard, dp_replicate, pp.

@@ -100,7 +100,8 @@ class Shelf:
     """The items. `moved` are the bytes that disks have read and written so far."""
 
     def __init__(self, sizes: Sequence[int], where: Sequence[Place], travels: bool = False) -> None:
-        """Claim room for items of `sizes` bytes; `travels` says that they go to a GPU as they lie, from page-locked memory then.
+        """Claim room for items of `sizes` bytes; `travels` says that they go to a GPU as they lie, from page-locked memory then:
+        from any other the host copies them itself, and asks the device for nothing else meanwhile.
 
         Raises `PlanError` for a directory that won't do (see `disk.py`), or where the host can't lock so much.
         """
@@ -119,25 +120,29 @@ class Shelf:
         largest = 0
         for item in self._items:
             if item.place.directory is None:
-                item.kept = torch.zeros(item.nbytes, dtype=torch.uint8, device=item.place.device)
-                if travels and item.place.device.type == "cpu" and item.nbytes:
-                    self._lock(item.kept)
+                if travels and item.place.device.type == "cpu":
+                    item.kept = self._lock(aligned(item.nbytes).zero_())
+                else:
+                    item.kept = torch.zeros(item.nbytes, dtype=torch.uint8, device=item.place.device)
             else:
                 item.slot = self._disks[item.place.directory].slot(item.nbytes)
                 largest = max(largest, item.nbytes)
-        self._largest = largest
+        self._largest, self._travels = largest, travels
         self._buffers: list[_Buffer] = []
         self._order = Order()
         self._uses = 0
 
-    def _lock(self, memory: Tensor) -> None:
-        """Lock an item's pages in memory as they are: torch's own page-locked memory comes in powers of two."""
+    def _lock(self, memory: Tensor) -> Tensor:
+        """Lock pages as they are (torch's own come in powers of two); they hold nothing else, for CUDA takes no page twice."""
+        if not memory.nbytes:
+            return memory
         if not _torch.lock_pages(memory):
             raise PlanError(
                 f"offload=params: the host can't lock {memory.nbytes / 1e9:.2f} GB more for copies to the GPU: offload a smaller "
                 "fraction to cpu, or to nvme=DIR"
             )
         self._locked.append(memory)
+        return memory
 
     def __del__(self) -> None:
         for memory in getattr(self, "_locked", ()):
@@ -202,7 +207,8 @@ class Shelf:
     def _free(self) -> _Buffer | None:
         """A buffer that nobody works on and nothing is read into: one whose transfer is over, or the first that will be."""
         if len(self._buffers) < BUFFERS:
-            self._buffers.append(_Buffer(aligned(self._largest)))
+            memory = aligned(self._largest)
+            self._buffers.append(_Buffer(self._lock(memory) if self._travels else memory))
             return self._buffers[-1]
         idle = sorted((buffer for buffer in self._buffers if not buffer.at_work), key=lambda buffer: buffer.used)
         done = [buffer for buffer in idle if buffer.transfer is None or buffer.transfer.done]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,10 +11,12 @@ from torch.nn import functional as F
 
 from meshwright._torch import is_in_place
 from meshwright.blueprint import costs
-from meshwright.blueprint.tape import RawOp, Value
+from meshwright.blueprint.tape import RawOp, Ref, Value
 from meshwright.partition.state import Axis, State
 
 aten = torch.ops.aten
+
+Op = TypeVar("Op", bound=RawOp)
 
 
 def writes(func: Any) -> bool:
@@ -88,6 +91,16 @@ def runnable(func: Any) -> Any:
     if isinstance(func, torch._ops.OpOverload) and func in (aten.view.default, aten._unsafe_view.default):
         return aten.reshape.default
     return func
+
+
+def whole(op: Op) -> Op:
+    """An op as a rank runs it on whole operands: a trace has the CPU's kernels, whatever device the program is for."""
+    found = attention(op)
+    if found is None:
+        return replace(op, func=runnable(op.func))
+    made, operands = found
+    inputs = tuple(operand.number for operand in operands if isinstance(operand, Ref))
+    return replace(op, func=made, args=tuple(operands), kwargs={}, inputs=inputs, outputs=op.outputs[:1])
 
 
 def localize(

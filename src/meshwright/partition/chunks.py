@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -312,7 +312,6 @@ class ChunkedLoss:
     region: _Region
     chunks: int
     tags: tuple[Any, ...] = ()
-    _moved: dict[torch.device, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Take the names that a program prints."""
@@ -322,15 +321,13 @@ class ChunkedLoss:
         rows = region.rows
         self.outputs = tuple(number for end in region.ends for number in end.outputs)
         self.parts = [part for part in rows.tensor_split(min(self.chunks, len(rows))) if len(part)]
-        self.whole = torch.equal(rows, torch.arange(region.tokens))
         self.orders = [_places(rows, end.layout.rows.flatten(), region.tokens) for end in region.ends]
 
     def __call__(self, hidden: Tensor, *operands: Tensor) -> Any:
         """Return the ends, a part of the tokens after another."""
         found: list[list[Tensor]] = [[] for _ in self.region.ends]
         for part in self.parts:
-            there = part.to(hidden.device)
-            rows = hidden[int(part[0]) : int(part[-1]) + 1] if self.whole else hidden.index_select(0, there)
+            rows = _picked(hidden, part)
             sides = self._sides(part, operands)
             if torch.is_grad_enabled():
                 made = checkpoint(self._part, rows, sides, use_reentrant=False, preserve_rng_state=False)
@@ -396,12 +393,21 @@ def _taken(operand: Tensor, side: _Side, part: Tensor, tokens: int) -> Tensor:
     if not layout.rows.numel():  # no rows: broadcast over them
         return operand.reshape(-1) if operand.dim() else operand
     order = _places(layout.rows.flatten(), part, tokens)
-    picked = slice(None) if order is None else order.to(operand.device)
     if side.flat:
-        return operand.reshape(-1)[picked]
+        return _picked(operand.reshape(-1), order)
     full = operand.reshape((1,) * (layout.rows.dim() - operand.dim()) + tuple(operand.shape)).movedim(layout.dim, -1)
     shape = [size for dim, size in enumerate(layout.rows.shape) if dim != layout.dim]
-    return full.expand(*shape, full.shape[-1]).reshape(-1, full.shape[-1])[picked]
+    return _picked(full.expand(*shape, full.shape[-1]).reshape(-1, full.shape[-1]), order)
+
+
+def _picked(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """These rows of a tensor (None: all): a view where they follow each other, for their numbers have a way to the device."""
+    if rows is None:
+        return tensor
+    first, count = int(rows[0]), len(rows)
+    if torch.equal(rows, torch.arange(first, first + count)):
+        return tensor[first : first + count]
+    return tensor.index_select(0, rows.to(tensor.device))
 
 
 def _places(rows: Tensor, wanted: Tensor, tokens: int) -> Tensor | None:
