@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from itertools import combinations
 from typing import Any
@@ -188,7 +187,7 @@ def test_the_planner_and_the_run_choose_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_what_is_offloaded_does_not_live(mode: str, tmp_path: Any) -> None:
+def test_of_what_is_offloaded_two_blocks_live(mode: str, tmp_path: Any) -> None:
     model, batch, loss_fn = case("gpt")
     blueprint = mw.inspect(model, batch, loss_fn=loss_fn)
     rest = blueprint.saved_bytes(4) - saved_bytes(blueprint, "none", 4, CPU)[0]
@@ -200,13 +199,10 @@ def test_what_is_offloaded_does_not_live(mode: str, tmp_path: Any) -> None:
     )
     engine.step(batch)
     gc.collect()
+    two = saved_bytes(blueprint, mode, 4, CPU)[0] * 2 / len(blueprint.calls)  # the last block's, and those that travel
     with Living() as living:
         loss = engine._loss_of(batch)
-        home = engine._applied.recompute.offload._ends[0][1]
-        while not all(block.done() for blocks, *_ in home.waiting for block in blocks):
-            time.sleep(0.01)
-        home._let_go()
         gc.collect()
         small = 6 * 2 * 4 * 48 * 4 * (1 + 4) if mode == "none" else 0  # a norm's statistics, attention's sums
-        assert living.alive <= rest * 1.03 + small
+        assert rest + two * 0.97 <= living.alive <= (rest + two) * 1.03 + small
         loss.backward()

@@ -247,7 +247,7 @@ class _OnDisk(_Home):
     def send(self, stored: _Stored) -> _DiskTicket:
         """Begin to take a storage out; return what it is found by."""
         assert stored.memory is not None
-        slot = self.disk.slot(stored.memory.nbytes)
+        slot = self.disk.slot(stored.memory.nbytes, loose=True)
         return _DiskTicket(slot, self.disk.write(slot, stored.memory))
 
     def left(self, ticket: _DiskTicket) -> None:
@@ -259,7 +259,7 @@ class _OnDisk(_Home):
     def fetch(self, ticket: _DiskTicket) -> None:
         """Begin to bring it back."""
         if ticket.reading is None:
-            ticket.reading = self.disk.read(ticket.slot, aligned(ticket.slot.nbytes))
+            ticket.reading = self.disk.read(ticket.slot, aligned(ticket.slot.nbytes, ticket.slot.shift))
 
     def receive(self, ticket: _DiskTicket) -> Tensor:
         """Return it."""

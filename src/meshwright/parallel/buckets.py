@@ -266,7 +266,7 @@ class Buckets:
         """Send a bucket: reduce-scatter [shards, width + tail] over dp_shard, or all-reduce it over every data rank."""
         for earlier in self.buckets[: self._next] if self.stage == 2 or self.ready is not None else ():
             # At most two full buckets live at a time. In mid-pipeline nobody waits, for peers may wait for this rank's messages: a
-            # bucket goes if its sum is known to be there (gloo's reduce-scatter never tells: then at the end of the step).
+            # bucket goes if its sum is known to be there.
             if not self._held or (earlier.work is not None and earlier.work.is_completed()):
                 self._harvest(earlier)
         self._next += 1
@@ -287,8 +287,12 @@ class Buckets:
             tail[:, -3:] = torch.stack([loss, items // _DIGIT, items % _DIGIT])
         if self.shard_group is not None:
             row = bucket.buffer[self.shard_rank]
-            bucket.part = row if self.stage == 1 else torch.empty_like(row)
-            bucket.work = _torch.reduce_scatter(bucket.part, bucket.buffer.view(-1), self.shard_group)
+            if row.device.type == "cpu":  # gloo's reduce-scatter is an all-reduce of a copy
+                bucket.part = row
+                bucket.work = dist.all_reduce(bucket.buffer, group=self.shard_group, async_op=True)
+            else:
+                bucket.part = row if self.stage == 1 else torch.empty_like(row)
+                bucket.work = _torch.reduce_scatter(bucket.part, bucket.buffer.view(-1), self.shard_group)
         else:
             bucket.part = bucket.buffer[0]
             if self.sum_group is not None:
@@ -302,6 +306,8 @@ class Buckets:
         if bucket.part is None:
             return
         if self.stage == 2 and self.shard_group is not None:
+            if bucket.part.device.type == "cpu":
+                bucket.part = bucket.part.clone()
             bucket.buffer, bucket.views = None, ()
             if bucket.kept is not None:
                 bucket.part[: bucket.width] += bucket.kept[: bucket.width]

@@ -6,8 +6,9 @@ one for a moment (an activation), whose room is used again. Space is claimed fro
 disk that is too small says so before anything is on it. Transfers of one slot happen in the order in which they were asked for;
 others overlap.
 
-Where the filesystem knows O_DIRECT nothing passes through the page cache. Tensors from `aligned` travel without a copy, others
-through one staging buffer of `BLOCK` bytes per thread.
+Where the filesystem knows O_DIRECT nothing passes through the page cache. A tensor lies in its slot as it does in memory, at the
+same distance from a page's start, so that whole pages travel without a copy; its first and last page, and what is read to memory
+that lies otherwise, pass through a staging buffer of each thread.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import errno
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +34,8 @@ ALIGNMENT = 4096
 """Bytes that addresses, offsets and lengths of direct transfers are multiples of (the largest logical block in use)."""
 BLOCK = 8 << 20
 """Bytes of one request: large enough for the device's full rate, small enough that a tensor keeps several threads at work."""
+_STAGED = 1 << 20
+"""Bytes that are copied at a time where direct transfers can't take memory as it lies."""
 _NETWORK = {
     "9p",
     "afs",
@@ -49,15 +54,19 @@ _NETWORK = {
 }
 
 
+Call = Callable[[int, list[Any], int], int]
+"""`os.preadv` or `os.pwritev`."""
+
+
 def rounded(nbytes: int) -> int:
     """Bytes that so many take in the file: the next multiple of `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def aligned(nbytes: int) -> Tensor:
-    """Return memory [nbytes] (uint8, on the CPU) that transfers use as it is; its length may be short of a multiple."""
-    room = torch.empty(rounded(nbytes) + ALIGNMENT, dtype=torch.uint8)
-    start = -room.data_ptr() % ALIGNMENT
+def aligned(nbytes: int, shift: int = 0) -> Tensor:
+    """Return memory [nbytes] (uint8, on the CPU) that begins `shift` bytes behind the start of a page."""
+    room = torch.empty(rounded(shift + nbytes) + ALIGNMENT, dtype=torch.uint8)
+    start = -room.data_ptr() % ALIGNMENT + shift
     return room[start : start + nbytes]
 
 
@@ -96,10 +105,15 @@ def _filesystem(path: Path) -> str:
 
 @dataclass(eq=False)
 class Slot:
-    """A stretch of the file: `nbytes` of use at `offset`. `latest` are the blocks of the transfer that a next one has to follow."""
+    """A stretch of the file: `room` bytes at `offset`, of which `nbytes` of use, `shift` bytes behind its start.
+
+    `latest` are the blocks of the transfer that a next one has to follow.
+    """
 
     offset: int
     nbytes: int
+    room: int
+    shift: int = 0
     latest: Sequence[Future[None]] = field(default=(), repr=False)
 
 
@@ -165,22 +179,25 @@ class Disk:
 
     # Room
 
-    def slot(self, nbytes: int) -> Slot:
-        """Return room for `nbytes`, its content undefined. Raises `TrainingError` where the disk is full."""
-        size = rounded(nbytes)
-        reusable = self._free.get(size)
+    def slot(self, nbytes: int, loose: bool = False) -> Slot:
+        """Return room for `nbytes`, its content undefined; `loose` leaves a page for tensors that begin in the middle of one.
+
+        Raises `TrainingError` where the disk is full.
+        """
+        room = rounded(nbytes) + ALIGNMENT * loose
+        reusable = self._free.get(room)
         if reusable:
             before = reusable.pop()
-            return Slot(before.offset, nbytes, before.latest)
-        if self._end + size > self._claimed:
-            self._claim(max(size, 32 * BLOCK) if self._claimed else size)
-        slot = Slot(self._end, nbytes)
-        self._end += size
+            return Slot(before.offset, nbytes, room, latest=before.latest)
+        if self._end + room > self._claimed:
+            self._claim(max(room, 32 * BLOCK) if self._claimed else room)
+        slot = Slot(self._end, nbytes, room)
+        self._end += room
         return slot
 
     def release(self, slot: Slot) -> None:
         """Give a slot's room back; the next slot of its size gets it, and follows the transfers that are under way."""
-        self._free.setdefault(rounded(slot.nbytes), []).append(slot)
+        self._free.setdefault(slot.room, []).append(slot)
 
     def _claim(self, nbytes: int) -> None:
         if nbytes <= 0:
@@ -199,25 +216,25 @@ class Disk:
         not change.
         """
         self.written += tensor.nbytes
-        return self._start(slot, tensor, self._write_block, after)
+        shift = tensor.data_ptr() % ALIGNMENT
+        slot.shift = shift if rounded(shift + slot.nbytes) <= slot.room else 0
+        return self._start(slot, tensor, os.pwritev, after)
 
     def read(self, slot: Slot, tensor: Tensor) -> Transfer:
         """Start reading a slot into a contiguous CPU tensor of its size."""
         self.read_back += tensor.nbytes
-        return self._start(slot, tensor, self._read_block)
+        return self._start(slot, tensor, os.preadv)
 
     def put(self, tensor: Tensor) -> Slot:
         """Start writing a tensor to room of its own."""
-        slot = self.slot(tensor.nbytes)
+        slot = self.slot(tensor.nbytes, loose=True)
         self.write(slot, tensor)
         return slot
 
-    def _start(
-        self, slot: Slot, tensor: Tensor, work: Callable[[int, int, int], None], after: Callable[[], object] | None = None
-    ) -> Transfer:
+    def _start(self, slot: Slot, tensor: Tensor, call: Call, after: Callable[[], object] | None = None) -> Transfer:
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.nbytes != slot.nbytes:
             raise ValueError(f"a slot of {slot.nbytes} bytes takes a contiguous CPU tensor of as many, not {tensor.nbytes}")
-        before = slot.latest
+        before, first, last = slot.latest, slot.shift, slot.shift + slot.nbytes
 
         def block(start: int) -> None:
             """Move one block, after those that were asked for before."""
@@ -226,38 +243,39 @@ class Disk:
             if after is not None:
                 after()
             try:
-                work(slot.offset + start, tensor.data_ptr() + start, min(BLOCK, slot.nbytes - start))
+                self._move(call, slot.offset, tensor.data_ptr() - first, max(first, start), min(last, start + BLOCK))
             except OSError as error:
                 raise self._failure(error) from error
 
-        slot.latest = [self._pool.submit(block, start) for start in range(0, slot.nbytes, BLOCK)]
+        slot.latest = [self._pool.submit(block, start) for start in range(0, last, BLOCK)]
         return Transfer(tensor, slot.latest)
 
-    def _write_block(self, offset: int, address: int, nbytes: int) -> None:
-        if address % ALIGNMENT or nbytes % ALIGNMENT:
-            staging = self._buffer()
-            ctypes.memmove(staging, address, nbytes)
-            address, nbytes = staging, rounded(nbytes)
-        while nbytes:
-            count = os.pwritev(self._descriptor, [_memory(address, nbytes)], offset)
-            offset, address, nbytes = offset + count, address + count, nbytes - count
+    def _move(self, call: Call, offset: int, address: int, start: int, stop: int) -> None:
+        """Write or read the bytes from `start` to `stop` of what lies at `offset` in the file and at `address` in memory."""
+        for low, high, direct in _pieces(start, stop, address % ALIGNMENT == 0):
+            if direct:
+                self._whole(call, offset + low, address + low, high - low)
+                continue
+            page = low // ALIGNMENT * ALIGNMENT
+            staging = self._buffer(rounded(high - page))
+            if call is os.pwritev:
+                ctypes.memmove(staging + low - page, address + low, high - low)
+            self._whole(call, offset + page, staging, rounded(high - page))
+            if call is os.preadv:
+                ctypes.memmove(address + low, staging + low - page, high - low)
 
-    def _read_block(self, offset: int, address: int, nbytes: int) -> None:
-        staged = bool(address % ALIGNMENT or nbytes % ALIGNMENT)
-        place = self._buffer() if staged else address
-        left = rounded(nbytes)
-        while left:
-            count = os.preadv(self._descriptor, [_memory(place + rounded(nbytes) - left, left)], offset)
+    def _whole(self, call: Call, offset: int, address: int, nbytes: int) -> None:
+        """Go on until all is moved: one call may do less."""
+        while nbytes:
+            count = call(self._descriptor, [_memory(address, nbytes)], offset)
             if count == 0:
                 raise OSError(errno.EIO, "the file is shorter than what was written")
-            offset, left = offset + count, left - count
-        if staged:
-            ctypes.memmove(address, place, nbytes)
+            offset, address, nbytes = offset + count, address + count, nbytes - count
 
-    def _buffer(self) -> int:
-        """The address of this thread's staging memory."""
-        if not hasattr(self._staging, "memory"):
-            self._staging.memory = aligned(BLOCK)
+    def _buffer(self, nbytes: int) -> int:
+        """The address of this thread's staging memory, of `nbytes` at least."""
+        if not hasattr(self._staging, "memory") or self._staging.memory.nbytes < nbytes:
+            self._staging.memory = aligned(nbytes)
         return int(self._staging.memory.data_ptr())
 
     def _failure(self, error: OSError) -> TrainingError:
@@ -282,6 +300,17 @@ class Disk:
             self._pool.shutdown(wait=False)
             if self._descriptor >= 0:
                 os.close(self._descriptor)
+
+
+def _pieces(start: int, stop: int, direct: bool) -> Iterator[tuple[int, int, bool]]:
+    """Cut a stretch of bytes into (start, stop, whether it moves as it lies): whole pages do, if addresses allow it."""
+    if not direct:
+        bounds = [start, *range(start // ALIGNMENT * ALIGNMENT + _STAGED, stop, _STAGED), stop]
+        yield from ((low, high, False) for low, high in pairwise(bounds))
+        return
+    inner = min(stop, rounded(start))
+    outer = max(inner, stop // ALIGNMENT * ALIGNMENT)
+    yield from ((low, high, place == 1) for place, (low, high) in enumerate(pairwise((start, inner, outer, stop))) if low < high)
 
 
 def _memory(address: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:

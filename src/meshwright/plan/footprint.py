@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from meshwright.plan.constants import constants
 from meshwright.plan.graph import Size
 from meshwright.plan.live import Moment
-from meshwright.plan.memory import widths
+from meshwright.plan.memory import buffer_bytes, updating_bytes, widths
 from meshwright.plan.plan import Plan, moved, offloads
 from meshwright.plan.profile import UnitProfile, degree
 from meshwright.plan.time import Split, exchanges_heads
@@ -26,6 +26,11 @@ class UnitBytes:
     backward: float
     ends: float = 0.0
     """Of what is kept, that which is gone before the backward of the blocks begins."""
+
+    @property
+    def working(self) -> float:
+        """Alive for a moment in the worse pass."""
+        return max(self.forward, self.backward)
 
 
 def unit_bytes(unit: UnitProfile, split: Split, element: float) -> UnitBytes:
@@ -88,6 +93,8 @@ class Elements:
     outside: float
     trained: float = 1.0
     """Part of them that is trained: the rest has neither gradient nor optimizer state."""
+    before: float = 0.0
+    """Of those outside the blocks, what only runs before them: its gradients come last."""
 
     @property
     def total(self) -> float:
@@ -110,6 +117,16 @@ class States:
     """Parameters gathered when the loss is computed: what is outside the blocks, and the block that has just run (zero=3)."""
     opened: float = 0.0
     """Gradients that are there when the first block's backward runs: those so far, or the bucket that they are put into."""
+    last: tuple[float, float] = (0.0, 0.0)
+    """When the last block's backward runs: gradients that are there, all but its own and those of what runs before the blocks; and
+    what of `gathered` is, without the block that would be next.
+    """
+    second: float = 0.0
+    """Gradients that are there when the last but one's runs."""
+    buffers: float = 0.0
+    """What passes to and from a disk, and stays."""
+    updating: float = 0.0
+    """In full precision while a slice is updated, where less is stored."""
 
 
 def states(plan: Plan, elements: Elements, width: int, on_host: bool = False) -> States:
@@ -136,7 +153,8 @@ def states(plan: Plan, elements: Elements, width: int, on_host: bool = False) ->
     elif zero == 2:
         gathered = gradient * max(whole / 16, elements.outside / 2 if elements.outside else 0.0) * 2
     elif units:  # from the host, block by block
-        gathered = awake = compute * (elements.outside + 2 * elements.largest_block)
+        gathered = compute * (elements.outside + 2 * elements.largest_block)
+        awake = compute * (elements.outside + elements.largest_block)
     opened = gradient * elements.outside
     if shard * plan.dp_replicate * plan.cp > 1 and zero < 2:
         opened = max(opened, min(gradient * whole, BUCKET_BYTES))
@@ -153,7 +171,27 @@ def states(plan: Plan, elements: Elements, width: int, on_host: bool = False) ->
             host += 0.0 if item.directory else item.fraction * kept[item.what]
     here = {what: nbytes * (1.0 - moved(plan.offload, what, on_host)) for what, nbytes in kept.items()}
     opened = min(opened / (shard if zero >= 2 else 1), gradients)
-    return States(here["params"] if units else kept["params"], gradients, here["optimizer"], gathered, host, awake, opened)
+    block = elements.largest_block
+    nearly, second = (max(opened, gradients * (1 - min(1.0, (n * block + elements.before) / max(1.0, whole)))) for n in (1, 2))
+    ahead = compute * block if units and plan.pp == 1 else 0.0
+    if zero == 2:  # what is in the buckets on their way is not with the others yet
+        nearly = max(opened, nearly - gathered / shard)
+    mine = trained * (part if zero else whole)
+    unit = live * max(elements.largest_block, elements.outside) / (shard if zero == 3 else 1)
+    stored = plan, mine, unit if units and moved(plan.offload, "params", on_host) else 0.0, width, units
+    return States(
+        parameters=here["params"] if units else kept["params"],
+        gradients=gradients,
+        optimizer=here["optimizer"],
+        gathered=gathered,
+        host=host,
+        awake=awake,
+        opened=opened,
+        last=(nearly, gathered - ahead),
+        second=second,
+        buffers=buffer_bytes(*stored),
+        updating=updating_bytes(*stored),
+    )
 
 
 BUCKET_BYTES = 25 * 2**20

@@ -104,7 +104,7 @@ def state_bytes(
     `on_host`: the device is a CPU, so that what goes to `cpu` stays.
     """
     low = plan.precision != "fp32"
-    narrow, shard = low and plan.master != "fp32", plan.shards
+    shard = plan.shards
     moved: dict[tuple[str, bool], float] = {}
     for item in offloads(plan.offload):
         if item.directory is not None or not on_host:
@@ -116,25 +116,38 @@ def state_bytes(
     weights = (live * trainable + bytes_each * frozen) / divided[0]
     states = (master + state * optimizer_states) * trainable / divided[2]
     here = {what: 1.0 - sum(fraction for (item, _), fraction in moved.items() if item == what) for what in ("params", "optimizer")}
-    mine = trainable // divided[2]
+    mine = trainable / divided[2]
     parked = live * largest_unit / divided[0] if any(what == "params" for what, _ in moved) else 0.0
-    buffers = 0.0
-    if moved.get(("optimizer", True)):
-        buffers += BUFFERS * min(mine, slice_elements(mine)) * (master + state * optimizer_states)
-    if moved.get(("params", True)):
-        buffers += BUFFERS * parked
     gone = plan.update == "backward" and plan.microbatches == 1
-    updated = 4 * (narrow + (narrow and units)) + (bytes_each * optimizer_states if plan.optimizer_state != "fp32" else 0)
     return StateBytes(
         parameters=weights * (here["params"] if units else 1.0),
         gradients=0.0 if gone else gradient * trainable / divided[1],
         optimizer=states * here["optimizer"],
-        buffers=buffers,
+        buffers=buffer_bytes(plan, mine, parked, bytes_each, units, optimizer_states),
         host=_away(moved, weights, states, disk=False),
         disk=_away(moved, weights, states, disk=True),
-        updating=updated * min(mine, slice_elements(mine)) + parked,
+        updating=updating_bytes(plan, mine, parked, bytes_each, units, optimizer_states),
         travelling=_travelling(plan, trainable, largest_unit if units else 0, largest_parameter, live, low, parked),
     )
+
+
+def buffer_bytes(plan: Plan, mine: float, parked: float, bytes_each: int, units: bool, optimizer_states: int = 2) -> float:
+    """Bytes of the buffers to and from a disk; `mine` parameters are this rank's to update, a unit's shards have `parked` bytes."""
+    disks = {item.what for item in offloads(plan.offload) if item.directory is not None}
+    _, _, master, state = widths(plan, bytes_each, units)
+    found = 0.0
+    if "optimizer" in disks:
+        found += BUFFERS * min(mine, slice_elements(mine)) * (master + state * optimizer_states)
+    if "params" in disks:
+        found += BUFFERS * parked
+    return found
+
+
+def updating_bytes(plan: Plan, mine: float, parked: float, bytes_each: int, units: bool, optimizer_states: int = 2) -> float:
+    """Bytes in full precision while a slice of `mine` parameters is updated, and the shards of its unit."""
+    narrow = plan.precision != "fp32" and plan.master != "fp32"
+    each = 4 * (narrow + (narrow and units)) + (bytes_each * optimizer_states if plan.optimizer_state != "fp32" else 0)
+    return each * min(mine, slice_elements(mine)) + parked
 
 
 def widths(plan: Plan, bytes_each: int, units: bool) -> tuple[int, int, int, float]:
@@ -179,6 +192,6 @@ LARGEST_BUCKET = 25 * 2**20
 """torch DDP's default: large enough for bandwidth, small enough to overlap."""
 
 
-def slice_elements(trainable: int) -> int:
+def slice_elements(trainable: float) -> int:
     """Elements of a rank's parameters that an optimizer with stored states updates at a time: at most 32 MiB of fp32."""
-    return min(2**23, max(2**14, trainable // 64))
+    return min(2**23, max(2**14, int(trainable) // 64))

@@ -8,7 +8,7 @@ asks it thousands of times, `predict` once. What a unit takes is in `time.py` an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from meshwright.blueprint.record import Blueprint
@@ -17,15 +17,16 @@ from meshwright.errors import ModelError, PlanError
 from meshwright.plan import pipeline
 from meshwright.plan.collectives import all_reduce, gather, group, scatter, send
 from meshwright.plan.constants import constants
-from meshwright.plan.footprint import Elements, States, UnitBytes, chunk_bytes, outside_allocator, states, unit_bytes
+from meshwright.plan.footprint import Elements, States, chunk_bytes, outside_allocator, states, unit_bytes
 from meshwright.plan.memory import widths
 from meshwright.plan.plan import Plan, moved, offloads
 from meshwright.plan.prediction import Prediction, bound
 from meshwright.plan.profile import Profile, profile
-from meshwright.plan.recompute import Step, budget_bytes, shared_out, steps
+from meshwright.plan.recompute import budget_bytes, shared_out, steps
 from meshwright.plan.stages import balance, place
 from meshwright.plan.suited import check_subjects, run_mode, suited
 from meshwright.plan.time import Rates, Split, UnitTime, in_chunks, rates, unit_time
+from meshwright.plan.units import Base, InFlight, Need, Stage, Units
 
 
 def predict(blueprint: Blueprint, cluster: Cluster, plan: Plan | str, global_batch: int) -> Prediction:
@@ -41,87 +42,6 @@ def predict(blueprint: Blueprint, cluster: Cluster, plan: Plan | str, global_bat
 
 FULL_STORAGE = 12.0
 """Bytes per parameter of a full-precision weight and Adam's two states, which `constants.toml`'s optimizer traffic is for."""
-
-
-Need = tuple[float, float, float, float]
-"""Bytes on a device besides activations at the loss and while the first block's backward runs, all of them after the backward, and
-room on its host.
-"""
-InFlight = tuple[float, float, float, float]
-"""Bytes kept for backward, beyond them at the loss and at the worst of the blocks' backward, and how many of these may leave."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a rank of the pipeline holds: calls by block kind, and whether what runs before and after the blocks."""
-
-    kinds: tuple[int, ...]
-    before: bool
-    after: bool
-    later: tuple[tuple[int, ...], ...] = ()
-    """For each kind, the calls by kind after its last one: what its backward finds freed."""
-
-
-@dataclass(frozen=True)
-class Base:
-    """A schedule's part of a step: `span` seconds, itemised for the busiest rank in `cost`; that rank's stage, its `backward` and
-    `busy` seconds per micro-batch, and the most parameters that any rank holds.
-    """
-
-    span: float
-    cost: dict[str, float]
-    most: Elements
-    stage: Stage
-    split: Split
-    backward: float
-    busy: float
-
-
-@dataclass(frozen=True)
-class Units:
-    """What every unit costs under one split of the work: block kinds, then what runs before and after the blocks.
-
-    `busy` and `saved` are filled by stage (its id: stages live as long as the pricer) as they are asked for.
-    """
-
-    times: list[UnitTime]
-    sizes: list[UnitBytes]
-    busy: dict[int, tuple[float, float, float]] = field(default_factory=dict)
-    """Seconds of a stage's forward, of its backward but for weights' gradients, and of these."""
-    saved: dict[int, tuple[float, float, float, float]] = field(default_factory=dict)
-    """Bytes that a stage keeps of each micro-batch, those of a loss beside, and what is alive beyond them at the two moments."""
-    steps: dict[int, list[Step]] = field(default_factory=dict)
-    """Where these are of full recompute: what a budget takes for a stage, best first."""
-
-    def time(self, stage: Stage) -> tuple[float, float, float]:
-        """`busy` of a stage."""
-        if id(stage) not in self.busy:
-            f = b = w = 0.0
-            counts = [*stage.kinds, int(stage.before), int(stage.after)]
-            for unit, count in zip(self.times, counts, strict=True):
-                if count:
-                    f += count * unit.total_forward
-                    b += count * (unit.total_backward - unit.weight)
-                    w += count * unit.weight
-            self.busy[id(stage)] = f, b, w
-        return self.busy[id(stage)]
-
-    def keep(self, stage: Stage) -> tuple[float, float, float, float]:
-        """`saved` of a stage."""
-        if id(stage) not in self.saved:
-            *blocks, before, after = self.sizes
-            kept = sum(count * size.kept for size, count in zip(blocks, stage.kinds, strict=True) if count)
-            worst = []
-            for size, count, later in zip(blocks, stage.kinds, stage.later, strict=True):
-                if count:
-                    freed = sum(number * other.kept for other, number in zip(blocks, later, strict=True) if number)
-                    worst.append(max(size.forward, size.backward) - freed)
-            if stage.before:
-                worst.append(max(before.forward, before.backward) - kept)
-            block = max(worst, default=0.0) - (after.ends if stage.after else 0.0)
-            ends, loss = (after.kept, max(after.forward, after.backward)) if stage.after else (0.0, 0.0)
-            self.saved[id(stage)] = kept + (before.kept if stage.before else 0.0), ends, loss, block
-        return self.saved[id(stage)]
 
 
 class Pricer:
@@ -260,7 +180,7 @@ class Pricer:
 
     def _count_elements(self, plan: Plan, stage: Stage) -> Elements:
         shape = self.shape
-        dense = experts = largest = outside = frozen = total = 0.0
+        dense = experts = largest = outside = first = frozen = total = 0.0
         for kind, count in enumerate(stage.kinds):
             if count:
                 d, e = shape.kinds[kind].weights.local(plan.tp, plan.ep)
@@ -270,9 +190,11 @@ class Pricer:
             if held:
                 outside += side.weights.local(plan.tp, plan.ep)[0]
                 frozen, total = frozen + side.weights.frozen, total + side.weights.total
+        if stage.before:
+            first = shape.before.weights.local(plan.tp, plan.ep)[0]
         if stage.before and stage.after and shape.tied:
-            outside -= shape.tied / plan.tp
-        return Elements(dense + outside, experts, largest, outside, 1.0 - frozen / total if total else 1.0)
+            outside, first = outside - shape.tied / plan.tp, max(0.0, first - shape.tied / plan.tp)
+        return Elements(dense + outside, experts, largest, outside, 1.0 - frozen / total if total else 1.0, first)
 
     def memory(self, plan: Plan, items: int) -> tuple[dict[str, float], float, int]:
         """Live bytes by purpose and the allocator's bytes on the rank with the most of these, and which rank that is."""
@@ -305,19 +227,20 @@ class Pricer:
         for rank in ranks:
             stage = stages[rank]
             flight = pipeline.in_flight(plan.schedule, plan.virtual, plan.pp, plan.microbatches, rank)
-            saved, ends, loss, block = units.keep(stage)
+            of = units.keep(stage)
+            saved, loss, first = of.saved, of.loss, of.alone if away else of.first
             if budget is not None:
                 saved += self._spared(budget, stage, units, split, flight)[0]
-            kept = flight * saved + ends
+            kept = flight * saved + of.ends
             if pipeline.all_forward(plan.schedule, plan.pp):  # every loss is there first, every gradient after one micro-batch
-                loss, block = loss + (flight - 1) * ends, block - saved
-            least = min(kept, 2 * saved / max(1, sum(stage.kinds)) + ends)
-            found.append((kept, loss, block, away * (kept - least)))
+                loss, first = loss + (flight - 1) * of.ends, first - (0.0 if away else saved)
+            movable = away * max(0.0, kept - min(kept, of.two + of.ends))
+            found.append(InFlight(kept, movable, loss, first, of.last))
         return found
 
     def _spared(self, budget: int, stage: Stage, full: Units, split: Split, flight: float) -> tuple[float, float]:
         """Bytes that a stage keeps of each micro-batch beyond full recompute within a budget, and seconds of backward spared."""
-        saved, ends, *_ = full.keep(stage)
+        saved, ends = full.keep(stage)[:2]
         if id(stage) not in full.steps:
             free, blocks = self.units(replace(split, recompute="none")), []
             for kind, count in enumerate(stage.kinds):
@@ -333,25 +256,29 @@ class Pricer:
 
     def needs(self, plan: Plan, held: States) -> Need:
         """What the device and its host hold besides activations."""
-        always = held.parameters + held.optimizer + outside_allocator(plan, self.kernels)
-        loss, block, after = (always + g + gathered * (1 + self.slack) for g, gathered in self._beside(plan, held))
-        return loss, block, after, self.cluster.device.host_memory_bytes - held.host
+        always = held.parameters + held.optimizer + held.buffers + outside_allocator(plan, self.kernels)
+        moments = (always + gradients + more * (1 + self.slack) for gradients, more in self._beside(plan, held))
+        loss, first, last, after = moments
+        return Need(loss, first, last, after, self.cluster.device.host_memory_bytes - held.host)
 
     def _beside(self, plan: Plan, held: States) -> tuple[tuple[float, float], ...]:
-        """Gradients and gathered parameters at the three moments that may be a peak: the loss, the first block's backward, and
-        after the backward with every gradient.
-        """
+        """Gradients and what is there for a moment besides activations, at the moments of `Need`."""
         whole = self.whole_gradients(plan)
         at_loss = held.gradients if whole and not pipeline.all_forward(plan.schedule, plan.pp) else 0.0
-        at_block = held.gradients if whole else held.opened
-        return (at_loss, held.awake), (at_block, held.gathered), (held.gradients, held.gathered)
+        first, last = (held.opened, held.gathered), held.last
+        if moved(plan.offload, "activations", self.on_host):  # those here stay as many, while gradients grow from block to block
+            first = held.second, held.last[1]
+        if whole:
+            first, last = (held.gradients, first[1]), (held.gradients, last[1])
+        return (at_loss, held.awake), first, last, (held.gradients, max(held.gathered, held.updating))
 
     def fits(self, needs: Sequence[Need], moments: Sequence[InFlight]) -> bool:
         """Whether some ranks have what they need."""
         capacity, slack = self.cluster.device.memory_bytes, 1 + self.slack
-        for (loss, block, after, room), (kept, at_loss, at_block, movable) in zip(needs, moments, strict=True):
+        for (loss, first, last, after, room), (kept, movable, at_loss, at_first, at_last) in zip(needs, moments, strict=True):
             here = kept - min(movable, room)
-            if room < 0 or max(after, loss + (here + at_loss) * slack, block + (here + at_block) * slack) > capacity:
+            worst = max(after, loss + (here + at_loss) * slack, first + (here + at_first) * slack, last + at_last * slack)
+            if room < 0 or worst > capacity:
                 return False
         return True
 
@@ -362,14 +289,14 @@ class Pricer:
         """
         capacity, room = self.cluster.device.memory_bytes, float("inf")
         slack = 1 + self.slack
-        for (loss, block, after, host), (low, at_loss, at_block, _), (high, *_) in zip(needs, least, most, strict=True):
-            can = min((capacity - loss) / slack - at_loss, (capacity - block) / slack - at_block)
-            if host < 0 or after > capacity or can < low:
+        for need, few, many in zip(needs, least, most, strict=True):
+            can = min((capacity - need.loss) / slack - few.loss, (capacity - need.first) / slack - few.first)
+            if need.room < 0 or max(need.after, need.last + few.last * slack) > capacity or can < few.kept:
                 return None
-            if can < high:
+            if can < many.kept:
                 room = min(room, can)
-        whole = int(min(room, max(high for high, *_ in most)) // 1e6)
-        return f"budget={whole}M" if all(whole * 1e6 >= low for low, *_ in least) else None
+        whole = int(min(room, max(many.kept for many in most)) // 1e6)
+        return f"budget={whole}M" if all(whole * 1e6 >= few.kept for few in least) else None
 
     def budgeted(self, plan: Plan, items: int) -> Plan | None:
         """A plan that does not fit without recompute, with the largest budget that does; None if there is none."""
@@ -387,16 +314,16 @@ class Pricer:
         return self.flat_gradients or plan.microbatches > 1 or plan.pp > 1
 
     def _moments(self, plan: Plan, held: States, moment: InFlight) -> tuple[dict[str, float], float]:
-        """What each purpose takes in full, and as the peak the worst of three moments; also that with the allocator's slack."""
-        kept, at_loss, at_block, movable = moment
-        kept -= min(movable, max(0.0, self.cluster.device.host_memory_bytes - held.host))
-        moving = (kept, at_loss), (kept + min(0.0, at_block), max(0.0, at_block)), (0.0, 0.0)
+        """What each purpose takes in full, and as the peak the worst of its moments; also that with the allocator's slack."""
+        kept = moment.kept - min(moment.movable, max(0.0, self.cluster.device.host_memory_bytes - held.host))
+        first = kept + min(0.0, moment.first), max(0.0, moment.first)
+        moving = (kept, moment.loss), first, (0.0, moment.last), (0.0, 0.0)
         beside = self._beside(plan, held)
-        found = [(g, alive, more + gathered) for (g, gathered), (alive, more) in zip(beside, moving, strict=True)]
+        found = [(g, alive, more + there) for (g, there), (alive, more) in zip(beside, moving, strict=True)]
         worst = max(found, key=lambda each: each[0] + (each[1] + each[2]) * (1 + self.slack))
         parts = {"parameters": held.parameters, "gradients": held.gradients, "optimizer": held.optimizer}
-        parts |= {"activations": kept, "temporary": worst[2]}
-        peak = held.parameters + held.optimizer + sum(worst)
+        parts |= {"activations": kept, "temporary": worst[2] + held.buffers}
+        peak = held.parameters + held.optimizer + held.buffers + sum(worst)
         return parts | {"peak": peak}, peak + self.slack * (worst[1] + worst[2])
 
     def _ranks(self, plan: Plan, split: Split, ranks: Iterable[int]) -> list[tuple[float, float, float]]:

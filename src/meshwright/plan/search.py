@@ -22,11 +22,12 @@ from meshwright.pause import uncollected
 from meshwright.plan import pipeline
 from meshwright.plan.footprint import Elements
 from meshwright.plan.plan import Plan, moved
-from meshwright.plan.predict import Base, InFlight, Need, Pricer
+from meshwright.plan.predict import Pricer
 from meshwright.plan.prediction import Prediction
 from meshwright.plan.space import LARGEST_MICRO_BATCH, Family, Space, divisors
 from meshwright.plan.suited import check_subjects
 from meshwright.plan.time import Split
+from meshwright.plan.units import Base, InFlight, Need
 
 OBJECTIVES = ("fastest", "cheapest", "smallest", "longest")
 PATIENCE_S = 2.0
@@ -361,8 +362,8 @@ class _Member:
             lean = [tail for alike in tails for tail in alike[:1] if tail[1]["offload"] == best]  # moving away never adds
             needs = [self._needs(place, self.best.space.plan(self.family, self.schedule | tail)) for place, tail in lean]
             for each in zip(*needs, strict=True):
-                loss, block, after, _ = (min(bytes_) for bytes_ in zip(*each, strict=True))
-                self.held.least.append((loss, block, after, self.pricer.cluster.device.host_memory_bytes))
+                least = Need(*map(min, zip(*each, strict=True)))
+                self.held.least.append(least._replace(room=self.pricer.cluster.device.host_memory_bytes))
         if self.budgets:
             loosest = self.pricer.budget(self.held.least, self._kept("none", self.full), self._kept("none", self.split))
             self.budgets = loosest is not None and self._least(loosest) < self.best.worst

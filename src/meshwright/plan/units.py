@@ -1,0 +1,133 @@
+"""What blocks, and the stages that are made of them, cost under one split of the work; the moments at which memory may be highest.
+
+Here are the records that `predict.py` fills and `search.py` compares: nothing is priced in this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from meshwright.plan.footprint import Elements, UnitBytes
+from meshwright.plan.recompute import Step
+from meshwright.plan.time import Split, UnitTime
+
+
+class Need(NamedTuple):
+    """Bytes on a device besides activations at the moments that may be a step's peak: the loss, the first and the last of the
+    blocks' backwards, and after them (then all bytes). And the room that is left on its host.
+    """
+
+    loss: float
+    first: float
+    last: float
+    after: float
+    room: float
+
+
+class InFlight(NamedTuple):
+    """Bytes kept for backward and how many of these may leave; those beyond them at the loss and at the first of the blocks'
+    backwards, and all there are at the last.
+    """
+
+    kept: float
+    movable: float
+    loss: float
+    first: float
+    last: float
+
+
+class Kept(NamedTuple):
+    """What a stage keeps of a micro-batch, in bytes: by blocks and what is before them; by the loss. What is alive beyond all that
+    at the loss and at the first block's backward, and there anyway if what was kept is elsewhere. Two blocks' and what is before
+    them; all that is alive at the last block's backward.
+    """
+
+    saved: float
+    ends: float
+    loss: float
+    first: float
+    alone: float
+    two: float
+    last: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a rank of the pipeline holds: calls by block kind, and whether what runs before and after the blocks."""
+
+    kinds: tuple[int, ...]
+    before: bool
+    after: bool
+    later: tuple[tuple[int, ...], ...] = ()
+    """For each kind, the calls by kind after its last one: what its backward finds freed."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A schedule's part of a step: `span` seconds, itemised for the busiest rank in `cost`; that rank's stage, its `backward` and
+    `busy` seconds per micro-batch, and the most parameters that any rank holds.
+    """
+
+    span: float
+    cost: dict[str, float]
+    most: Elements
+    stage: Stage
+    split: Split
+    backward: float
+    busy: float
+
+
+@dataclass(frozen=True)
+class Units:
+    """What every unit costs under one split of the work: block kinds, then what runs before and after the blocks.
+
+    `busy` and `saved` are filled by stage (its id: stages live as long as the pricer) as they are asked for.
+    """
+
+    times: list[UnitTime]
+    sizes: list[UnitBytes]
+    busy: dict[int, tuple[float, float, float]] = field(default_factory=dict)
+    """Seconds of a stage's forward, of its backward but for weights' gradients, and of these."""
+    saved: dict[int, Kept] = field(default_factory=dict)
+    steps: dict[int, list[Step]] = field(default_factory=dict)
+    """Where these are of full recompute: what a budget takes for a stage, best first."""
+
+    def time(self, stage: Stage) -> tuple[float, float, float]:
+        """`busy` of a stage."""
+        if id(stage) not in self.busy:
+            f = b = w = 0.0
+            counts = [*stage.kinds, int(stage.before), int(stage.after)]
+            for unit, count in zip(self.times, counts, strict=True):
+                if count:
+                    f += count * unit.total_forward
+                    b += count * (unit.total_backward - unit.weight)
+                    w += count * unit.weight
+            self.busy[id(stage)] = f, b, w
+        return self.busy[id(stage)]
+
+    def keep(self, stage: Stage) -> Kept:
+        """`saved` of a stage."""
+        if id(stage) not in self.saved:
+            *blocks, before, after = self.sizes
+            kept = sum(count * size.kept for size, count in zip(blocks, stage.kinds, strict=True) if count)
+            here = [size for size, count in zip(blocks, stage.kinds, strict=True) if count]
+            outside = before.kept if stage.before else 0.0
+            worst = []
+            for size, count, later in zip(blocks, stage.kinds, stage.later, strict=True):
+                if count:
+                    freed = sum(number * other.kept for other, number in zip(blocks, later, strict=True) if number)
+                    worst.append(size.working - freed)
+            if stage.before:
+                worst.append(before.working - kept)
+            ends, loss, gone = (after.kept, after.working, after.ends) if stage.after else (0.0, 0.0, 0.0)
+            self.saved[id(stage)] = Kept(
+                saved=kept + outside,
+                ends=ends,
+                loss=loss,
+                first=max(worst, default=0.0) - gone,
+                alone=max((size.working for size in here), default=0.0) - gone,
+                two=2 * max((size.kept for size in here), default=0.0) + outside,
+                last=outside + ends - gone + max((size.kept + size.working for size in here), default=0.0),
+            )
+        return self.saved[id(stage)]
