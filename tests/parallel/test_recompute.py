@@ -124,6 +124,31 @@ def test_side_effects_under_fsdp(mode: str) -> None:
     assert_nothing_changes("net", "fsdp", mode, 2)
 
 
+class Penalised(nn.Module):
+    """Differentiates in its forward, so that its backward goes through it twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        energy = torch.tanh(self.first(x)).square().sum()
+        return x + self.second(torch.autograd.grad(energy, x, create_graph=True)[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_block_that_differentiates_inside_is_repeated_for_each_backward(mode: str) -> None:
+    norms = []
+    for plan in ("single", f"recompute={mode}"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), *(Penalised() for _ in range(3)))
+        engine = mw.parallelize(
+            model, plan, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), loss_fn=lambda out, _: out.square().mean()
+        )
+        norms.append([engine.step(torch.ones(4, 8)).grad_norm for _ in range(3)])
+    assert norms[0] == norms[1]
+
+
 @pytest.mark.parametrize(("plan", "precision"), [("ddp", "fp16"), ("fsdp", "bf16")])
 def test_low_precision_is_the_same(plan: str, precision: str) -> None:
     assert_nothing_changes("drop", f"{plan} precision={precision}", "selective", 2)

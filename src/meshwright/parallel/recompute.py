@@ -129,7 +129,7 @@ class Recompute:
         before = _Before(module, facts.changes)
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            return kept.forward(), before.again(kept.backward())
+            return kept.forward(), _Anew(lambda: before.again(kept.backward()))
 
         def call(*again: Tensor) -> Any:
             """The call itself, then its repetitions."""
@@ -388,6 +388,21 @@ class _Before:
             self.repeating = True
             stack.callback(lambda: setattr(self, "repeating", False))
             yield
+
+
+class _Anew:
+    """A context that is made anew whenever it is entered: a call is repeated for every backward through it (a gradient penalty)."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.make = make
+        self.entered: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> None:
+        self.entered.append(self.make())
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.entered.pop().__exit__(*error)
 
 
 def has_blocks(names: Sequence[str], plan_text: str, class_name: str) -> bool:
