@@ -164,6 +164,30 @@ def test_a_budget_below_the_minimum_says_the_minimum() -> None:
         trained("drop", "recompute=budget=10K")
 
 
+def refusal(plan: str) -> str:
+    """Of a step in which rank 0 has six rows, and rank 1 two."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)))
+    example = torch.ones(8, 8)
+    optimizer, loss = lambda p: torch.optim.SGD(p, lr=0.1), lambda out, _: out.square().mean()
+    engine = mw.parallelize(model, plan, optimizer=optimizer, loss_fn=loss, example_batch=example)
+    rows = 8 if engine.data_ranks == 1 else 6 - 4 * engine.data_rank
+    with pytest.raises(PlanError) as error:
+        engine.step(example[:rows])
+    return str(error.value)
+
+
+@pytest.mark.parametrize("plan", ["ddp", "fsdp update=backward", "1f1b pp=2 microbatches=2"])
+def test_a_budget_that_is_too_small_for_one_rank_is_refused_on_all(plan: str) -> None:
+    first, second = ranks.run(2, refusal, f"{plan} recompute=budget=200", limit_s=20)
+    least = re.search(r"at least (\d+) bytes", first)
+    assert least is not None
+    assert first == second
+    first, second = ranks.run(2, refusal, f"{plan} recompute=budget={int(least[1]) - 1}", limit_s=20)
+    assert "bytes" in first
+    assert first == second
+
+
 def test_a_budget_that_no_row_fits_in_is_refused_before_anything_starts() -> None:
     """With a batch to read the model on; the minimum that is said will do."""
     config = gpt(layers=2, hidden=32, heads=2, vocab=64, sequence=16)

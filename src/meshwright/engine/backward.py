@@ -156,6 +156,7 @@ class InBackward:
             if self.units is not None:
                 self.units.flush()
         self._optimizer.settle()
+        engine._applied.agree(engine.ranks)
         sums = engine._sums * engine.ranks.speaks
         flags = torch.tensor([float(entry.used) for entry in engine._applied.sharded], dtype=torch.float64, device=sums.device)
         mine = torch.cat([sums, self._square[None], flags])

@@ -411,6 +411,7 @@ class Engine:
         return loss_sum, items, math.sqrt(square)
 
     def _update(self, optimizer: BoundOptimizer) -> Metrics:
+        self._applied.agree(self.ranks)
         loss_sum, items, raw_norm = self._collect()
         if items == 0:
             raise DataError(f"step {self.steps}: no rank has an item to train on")

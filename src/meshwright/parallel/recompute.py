@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -26,8 +27,9 @@ from meshwright import _torch
 from meshwright.blueprint import costs
 from meshwright.blueprint.running import untouched
 from meshwright.parallel.activations import Activations, View
+from meshwright.parallel.ranks import Ranks
 from meshwright.partition.trace import is_plain
-from meshwright.plan.recompute import BlockCosts, Choice, Item, budget_bytes, fit, full, selective
+from meshwright.plan.recompute import BlockCosts, Choice, Item, budget_bytes, fit, full, minimum, refuse, selective
 from meshwright.plan.stages import CPU, GPU, Rates
 
 Function = Callable[..., Any]
@@ -60,7 +62,8 @@ class Recompute:
         self._facts: dict[tuple[str, bool], _Facts] = {}
         self._entered: set[int] = set()
         self._outside: dict[int, int] = {}
-        self._spent = False
+        self._spent = self._agreed = False
+        self._least = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -84,11 +87,24 @@ class Recompute:
             return
         outside = sum(nbytes for key, nbytes in self._outside.items() if key not in self._entered)
         blocks = list(self._facts.values())
-        chosen = fit([(block.costs, block.calls) for block in blocks], outside, self.budget)
-        for block, choice in zip(blocks, chosen, strict=True):
-            block.choice = choice
+        costs = [(block.costs, block.calls) for block in blocks]
+        self._least = minimum(costs, outside)
+        if self._least <= self.budget:
+            for block, choice in zip(blocks, fit(costs, outside, self.budget), strict=True):
+                block.choice = choice
         self._spent = True
         self._outside.clear()
+
+    def agree(self, ranks: Ranks) -> None:
+        """Raise `PlanError` on every rank if the activations of one don't fit in the budget; each must call it once a step."""
+        if self.budget is None or self._agreed:
+            return
+        found = torch.tensor([float(not self._spent), float(self._least)], dtype=torch.float64, device=self.device)
+        if ranks.mesh is not None:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)  # 16 bytes over every rank, until each has had a batch
+        unspent, least = found.tolist()
+        self._agreed = not unspent
+        refuse(self.budget, int(least))
 
     def wrap(self, module: nn.Module) -> None:
         """Send the calls of the blocks of `module` through here; the modules, their names and their hooks stay as they are."""
