@@ -22,7 +22,9 @@ MODES = ["full", "selective", "budget=1M"]
 
 
 class Odd(nn.Module):
-    """A block that writes to its input, draws, keeps statistics, counts its calls, fills a cache, and returns several things."""
+    """A block that writes to its input (when told to), draws, keeps statistics (some in every second call), counts its calls, fills
+    a cache, and returns several things.
+    """
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -31,14 +33,18 @@ class Odd(nn.Module):
         self.norm = nn.BatchNorm2d(8)
         self.calls = 0
         self.register_buffer("power", torch.ones(4))
+        self.register_buffer("even", torch.ones(4))
 
-    def forward(self, x: Tensor, cache: list[Tensor], *, scale: float) -> dict[str, Any]:
+    def forward(self, x: Tensor, cache: list[Tensor], *, scale: float, write: bool) -> dict[str, Any]:
         self.calls += 1
         self.power = self.power * 0.9 + 0.1 * self.calls
-        x = x.mul_(scale).add_(0.01 * self.calls) if self.in_place else x * scale + 0.01 * self.calls
+        if self.calls % 2 == 0:
+            self.even.mul_(0.9).add_(0.1 * self.calls)
+        write = write and self.in_place
+        x = x.mul_(scale).add_(0.01 * self.calls) if write else x * scale + 0.01 * self.calls
         hidden = F.dropout(F.gelu(self.norm(self.first(x))), 0.3, self.training)
         cache.append(hidden.mean())
-        out = self.second(hidden) + F.dropout(x * sum(cache), 0.2, self.training) * self.power[:, None, None]
+        out = self.second(hidden) + F.dropout(x * sum(cache), 0.2, self.training) * (self.power + self.even)[:, None, None]
         return {"x": out, "cache": cache, "sizes": (out.shape, None)}
 
 
@@ -53,9 +59,9 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, cache = self.stem(x), []
-        for block in [*self.blocks, self.blocks[1]]:
+        for number, block in enumerate([*self.blocks, self.blocks[1]]):
             given = x + 0.0
-            found = block(given, cache, scale=0.9)
+            found = block(given, cache, scale=0.9, write=number != 1)
             x, cache = found["x"] + given, found["cache"]
         return self.head(x.mean((2, 3)))
 

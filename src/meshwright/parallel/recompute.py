@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy as shallow
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ Function = Callable[..., Any]
 @dataclass
 class _Facts:
     """What the first call of a block has shown, and what was chosen for it: `writes` are the places of tensors among its arguments
-    that it writes to, `changes` the entries of modules' dicts (buffers, attributes) that a call leaves changed.
+    that it writes to, `changes` the entries of modules' dicts (buffers, attributes) that a call leaves changed, or may.
     """
 
     costs: BlockCosts
@@ -59,7 +60,7 @@ class Recompute:
         self.mode, self.names, self.device, self.offload = mode, frozenset(names), device, offload
         self.rates = CPU if device.type == "cpu" else GPU
         self.budget = budget_bytes(mode)
-        self._facts: dict[tuple[str, bool], _Facts] = {}
+        self._facts: dict[tuple[Any, ...], _Facts] = {}
         self._entered: set[int] = set()
         self._outside: dict[int, int] = {}
         self._spent = self._agreed = False
@@ -161,8 +162,10 @@ class Recompute:
         return checkpoint(call, *tensors, use_reentrant=False, context_fn=contexts)
 
     def known(self, name: str, module: nn.Module, function: Function, args: Any, kwargs: Any) -> _Facts:
-        """What is known of a block, by a first look if need be."""
-        key = (name, module.training)
+        """What is known of a block's calls with such arguments, by a first look if need be."""
+        leaves = _torch.tree_flatten((args, kwargs))[0]
+        flags = (leaf if isinstance(leaf, bool | str | NoneType) else type(leaf) for leaf in leaves)
+        key = (name, module.training, *flags)
         if key not in self._facts:
             found = self._facts[key] = _look(module, function, args, kwargs, self.rates, self.device)
             found.choice = (selective if self.mode == "selective" else full)(found.costs)
@@ -249,10 +252,11 @@ def _look(module: nn.Module, function: Function, args: Any, kwargs: Any, rates: 
             inside, named = _copied((args, kwargs), replaced)
             output = function(*inside, **named)
         for home, key, value, content in held:
-            if home.get(key) is not value or not _equal(value, content):
+            changed = home.get(key) is not value or not _equal(value, content)
+            if changed or _may_change(key, value):
                 changes.append((home, key))
-                if isinstance(value, Tensor):
-                    value.data.copy_(content)
+            if changed and isinstance(value, Tensor):
+                value.data.copy_(content)
     returned = {_torch.storage_key(tensor) for tensor in _torch.tensors_of(output)}
     entering = {_torch.storage_key(copy): copy.nbytes for copy in copies if copy.requires_grad}
     ignored |= {_torch.storage_key(copy) for copy in copies if not copy.requires_grad}
@@ -289,6 +293,16 @@ def _copied(value: Any, made: dict[int, Any]) -> Any:
 
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_SMALL = 1 << 16
+"""Bytes of a buffer that is worth copying at every call, in case that this one writes to it."""
+
+
+def _may_change(key: str, value: Any) -> bool:
+    """Whether a call other than the first may change it: a copy of every call is held of what is small."""
+    if isinstance(value, Tensor):
+        return not isinstance(value, nn.Parameter) and value.nbytes <= _SMALL
+    return not (key in _OF_EVERY_MODULE or isinstance(value, nn.Module) or callable(value))
 
 
 def _frozen(value: Any) -> Any:
