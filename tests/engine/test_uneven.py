@@ -171,3 +171,44 @@ def test_a_rank_that_keeps_company_leaves_no_trace(plan: str) -> None:
     assert set(found) >= set(expected) > {"0.ways.0.weight", "0.gains.1"}
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+class Either(nn.Module):
+    """Two blocks of one shape, of which a batch takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ways[int(x.sum() > 0)](x)
+
+
+def different_blocks(plan: str) -> str:
+    engine = mw.parallelize(Either().double(), plan, optimizer=parity.adamw, loss_fn=_loss)
+    engine.step(torch.ones(2, 4).double())
+    with pytest.raises(mw.MeshwrightError) as error:
+        engine.step(torch.ones(2, 4).double() * (1 - 2 * engine.data_rank))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("plan", ["fsdp", "fsdp microbatches=2"])
+def test_ranks_that_run_different_blocks_of_one_shape_are_told(plan: str) -> None:
+    assert all("ranks ran different blocks" in message for message in ranks.run(2, different_blocks, plan))
+
+
+class Writes(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.add_(super().forward(x.clone()))
+
+
+def written(plan: str) -> str:
+    model = nn.Sequential(nn.Linear(4, 4), *(nn.Sequential(Writes(4, 4)) for _ in range(3))).double()
+    engine = mw.parallelize(model, plan, optimizer=parity.adamw, loss_fn=_loss)
+    with pytest.raises(mw.ModelError) as error:
+        engine.step(_batch(0, 2))
+    return str(error.value)
+
+
+def test_a_block_that_writes_to_its_input_is_one_sentence_under_zero_3() -> None:
+    assert all("writes to a tensor that it is given" in message for message in ranks.run(2, written, "fsdp"))

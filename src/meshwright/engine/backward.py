@@ -158,11 +158,12 @@ class InBackward:
         self._optimizer.settle()
         engine._applied.agree(engine.ranks)
         sums = engine._sums * engine.ranks.speaks
-        flags = torch.tensor([float(entry.used) for entry in engine._applied.sharded], dtype=torch.float64, device=sums.device)
-        mine = torch.cat([sums, self._square[None], flags])
+        found = [*fsdp.trail(engine._applied.root), *(float(entry.used) for entry in engine._applied.sharded)]
+        mine = torch.cat([sums, self._square[None], torch.tensor(found, dtype=torch.float64, device=sums.device)])
         if engine.ranks.mesh is not None:
-            dist.all_reduce(mine)  # 8 * (3 + parameters) bytes over every rank
-        loss, _, square, *users = mine.tolist()
+            dist.all_reduce(mine)  # 8 * (5 + parameters) bytes over every rank
+        loss, _, square, total, squares, *users = mine.tolist()
+        fsdp.refuse_other_trails(total, squares, engine.ranks.world_size)
         for entry, users_of_it in zip(engine._applied.sharded, users, strict=True):
             entry.used = users_of_it > 0
         used = {id(entry): entry.used for entry in engine._applied.sharded}

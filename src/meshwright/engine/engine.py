@@ -401,11 +401,12 @@ class Engine:
                 entry.gradient = entry.gradient if entry.used else None
             loss_sum, items = sums.tolist()
             return loss_sum, items, math.sqrt(share.item() * self.ranks.world_size)
-        flags = [float(entry.used) for entry in applied.sharded]
+        flags = [*fsdp.trail(applied.root), *(float(entry.used) for entry in applied.sharded)]
         flags_there = torch.tensor(flags, dtype=torch.float64, device=share.device)
         mine = torch.cat([self._sums * self.ranks.speaks, share[None], flags_there])
-        dist.all_reduce(mine)  # 8 * (3 + parameters) bytes over every rank
-        loss_sum, items, square, *users = mine.tolist()
+        dist.all_reduce(mine)  # 8 * (5 + parameters) bytes over every rank
+        loss_sum, items, square, total, squares, *users = mine.tolist()
+        fsdp.refuse_other_trails(total, squares, self.ranks.world_size)
         for entry, count in zip(applied.sharded, users, strict=True):
             entry.gradient = entry.gradient if count else None
         return loss_sum, items, math.sqrt(square)
@@ -446,6 +447,8 @@ class Engine:
     def _clear(self) -> None:
         if self._applied.buckets is not None:
             self._applied.buckets.clear()
+        if self._applied.root is not None:
+            self._applied.root.trail = 0
         for entry in self.table:
             entry.live.grad = entry.gradient = entry.summed = None
             entry.used = False
