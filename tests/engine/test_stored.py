@@ -50,15 +50,20 @@ def test_same_as_single_device_everywhere(name: str, plan: str, world_size: int,
 
 
 class Wide(torch.nn.Module):
-    """Large enough that an update takes several slices, with dropout and a buffer that the forward changes."""
+    """Large enough that an update takes several slices, with dropout; it writes to a buffer, assigns another and counts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(torch.nn.Linear(130, 130) for _ in range(4))
         self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        self.seen = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
+        self.mean = 0.9 * self.mean + x.detach().mean()
+        self.seen += 1
+        x = x + self.mean + self.seen
         for layer in self.layers:
             x = torch.nn.functional.dropout(torch.tanh(layer(x)), 0.2)
         return x

@@ -1,5 +1,6 @@
 """Ranks may hold different shares, different numbers of batches, or nothing at all; every item counts once."""
 
+import math
 from typing import Any
 
 import pytest
@@ -134,3 +135,80 @@ def nobody_has_data() -> str:
 
 def test_a_step_without_any_item_is_refused_on_every_rank() -> None:
     assert all("no rank has an item" in message for message in ranks.run(2, nobody_has_data))
+
+
+class Routed(nn.Module):
+    """Each batch goes one of two ways by its sign; a norm keeps statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.gains = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in range(2))  # FSDP2 takes no scalars
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        way = int(x.sum() > 0)
+        return self.norm(self.ways[way](x) * self.gains[way]).abs() * x.sum().sign()
+
+
+def keep_company(plan: str) -> dict[str, torch.Tensor]:
+    """Rank 1 goes the first way, then has nothing while rank 0 goes the other way; a batch in between is skipped."""
+    torch.manual_seed(3)
+    model = nn.Sequential(Routed(), Routed()).double()
+    engine = mw.parallelize(model, plan, optimizer=parity.adamw, loss_fn=_loss, example_batch=_batch(0, 2), on_nonfinite="skip")
+    first = _batch(1, 2).abs()
+    for factor in (-1.0, 1.0, math.inf, 1.0):
+        mine = first * factor if engine.data_rank == 0 or factor != 1.0 else None
+        engine.step(mine)
+    state = engine.full_state_dict()
+    return {name: value for name, value in state.items() if value.is_floating_point() and value.isfinite().all()}
+
+
+@pytest.mark.parametrize("plan", ["fsdp", "fsdp update=backward", "fsdp update=backward clip=two_pass"])
+def test_a_rank_that_keeps_company_leaves_no_trace(plan: str) -> None:
+    """No use of parameters that nobody used, no statistics, and not a NaN of a batch that was skipped."""
+    expected, found = ranks.run(2, keep_company, "ddp")[0], ranks.run(2, keep_company, plan)[0]
+    assert set(found) >= set(expected) > {"0.ways.0.weight", "0.gains.1"}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+class Either(nn.Module):
+    """Two blocks of one shape, of which a batch takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ways[int(x.sum() > 0)](x)
+
+
+def different_blocks(plan: str) -> str:
+    engine = mw.parallelize(Either().double(), plan, optimizer=parity.adamw, loss_fn=_loss)
+    engine.step(torch.ones(2, 4).double())
+    with pytest.raises(mw.MeshwrightError) as error:
+        engine.step(torch.ones(2, 4).double() * (1 - 2 * engine.data_rank))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("plan", ["fsdp", "fsdp microbatches=2"])
+def test_ranks_that_run_different_blocks_of_one_shape_are_told(plan: str) -> None:
+    assert all("ranks ran different blocks" in message for message in ranks.run(2, different_blocks, plan))
+
+
+class Writes(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.add_(super().forward(x.clone()))
+
+
+def written(plan: str) -> str:
+    model = nn.Sequential(nn.Linear(4, 4), *(nn.Sequential(Writes(4, 4)) for _ in range(3))).double()
+    engine = mw.parallelize(model, plan, optimizer=parity.adamw, loss_fn=_loss)
+    with pytest.raises(mw.ModelError) as error:
+        engine.step(_batch(0, 2))
+    return str(error.value)
+
+
+def test_a_block_that_writes_to_its_input_is_one_sentence_under_zero_3() -> None:
+    assert all("writes to a tensor that it is given" in message for message in ranks.run(2, written, "fsdp"))

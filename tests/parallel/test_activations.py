@@ -67,6 +67,29 @@ def test_a_storage_that_is_gone_is_not_taken_for_the_next_in_its_place(tmp_path:
     assert losses[0] == losses[1]
 
 
+class Gates(nn.Module):
+    """A recurrent layer writes its gates one after another into parts of one storage, and saves each part when it is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(24, 24, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layer(x)[0]
+
+
+def test_parts_of_a_storage_that_are_written_one_after_another(tmp_path: Path) -> None:
+    results = []
+    for plan in ("single", f"offload=activations:nvme={tmp_path}"):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Gates() for _ in range(3)))
+        engine = mw.parallelize(
+            model, plan, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), loss_fn=lambda out, _: out.square().mean()
+        )
+        results.append([engine.step(torch.ones(32, 6, 24)).grad_norm for _ in range(3)])
+    assert results[0] == results[1]
+
+
 class Wide(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -22,7 +22,9 @@ MODES = ["full", "selective", "budget=1M"]
 
 
 class Odd(nn.Module):
-    """A block that writes to its input, draws, keeps statistics, counts its calls, fills a cache, and returns several things."""
+    """A block that writes to its input (when told to), draws, keeps statistics (some in every second call), counts its calls, fills
+    a cache, and returns several things.
+    """
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -31,14 +33,18 @@ class Odd(nn.Module):
         self.norm = nn.BatchNorm2d(8)
         self.calls = 0
         self.register_buffer("power", torch.ones(4))
+        self.register_buffer("even", torch.ones(4))
 
-    def forward(self, x: Tensor, cache: list[Tensor], *, scale: float) -> dict[str, Any]:
+    def forward(self, x: Tensor, cache: list[Tensor], *, scale: float, write: bool) -> dict[str, Any]:
         self.calls += 1
         self.power = self.power * 0.9 + 0.1 * self.calls
-        x = x.mul_(scale).add_(0.01 * self.calls) if self.in_place else x * scale + 0.01 * self.calls
+        if self.calls % 2 == 0:
+            self.even.mul_(0.9).add_(0.1 * self.calls)
+        write = write and self.in_place
+        x = x.mul_(scale).add_(0.01 * self.calls) if write else x * scale + 0.01 * self.calls
         hidden = F.dropout(F.gelu(self.norm(self.first(x))), 0.3, self.training)
         cache.append(hidden.mean())
-        out = self.second(hidden) + F.dropout(x * sum(cache), 0.2, self.training) * self.power[:, None, None]
+        out = self.second(hidden) + F.dropout(x * sum(cache), 0.2, self.training) * (self.power + self.even)[:, None, None]
         return {"x": out, "cache": cache, "sizes": (out.shape, None)}
 
 
@@ -53,9 +59,9 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, cache = self.stem(x), []
-        for block in [*self.blocks, self.blocks[1]]:
+        for number, block in enumerate([*self.blocks, self.blocks[1]]):
             given = x + 0.0
-            found = block(given, cache, scale=0.9)
+            found = block(given, cache, scale=0.9, write=number != 1)
             x, cache = found["x"] + given, found["cache"]
         return self.head(x.mean((2, 3)))
 
@@ -124,6 +130,31 @@ def test_side_effects_under_fsdp(mode: str) -> None:
     assert_nothing_changes("net", "fsdp", mode, 2)
 
 
+class Penalised(nn.Module):
+    """Differentiates in its forward, so that its backward goes through it twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        energy = torch.tanh(self.first(x)).square().sum()
+        return x + self.second(torch.autograd.grad(energy, x, create_graph=True)[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_block_that_differentiates_inside_is_repeated_for_each_backward(mode: str) -> None:
+    norms = []
+    for plan in ("single", f"recompute={mode}"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), *(Penalised() for _ in range(3)))
+        engine = mw.parallelize(
+            model, plan, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), loss_fn=lambda out, _: out.square().mean()
+        )
+        norms.append([engine.step(torch.ones(4, 8)).grad_norm for _ in range(3)])
+    assert norms[0] == norms[1]
+
+
 @pytest.mark.parametrize(("plan", "precision"), [("ddp", "fp16"), ("fsdp", "bf16")])
 def test_low_precision_is_the_same(plan: str, precision: str) -> None:
     assert_nothing_changes("drop", f"{plan} precision={precision}", "selective", 2)
@@ -137,6 +168,30 @@ def test_without_blocks_a_sentence_says_so() -> None:
 def test_a_budget_below_the_minimum_says_the_minimum() -> None:
     with pytest.raises(PlanError, match=r"at least (\d+) bytes"):
         trained("drop", "recompute=budget=10K")
+
+
+def refusal(plan: str) -> str:
+    """Of a step in which rank 0 has six rows, and rank 1 two."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)))
+    example = torch.ones(8, 8)
+    optimizer, loss = lambda p: torch.optim.SGD(p, lr=0.1), lambda out, _: out.square().mean()
+    engine = mw.parallelize(model, plan, optimizer=optimizer, loss_fn=loss, example_batch=example)
+    rows = 8 if engine.data_ranks == 1 else 6 - 4 * engine.data_rank
+    with pytest.raises(PlanError) as error:
+        engine.step(example[:rows])
+    return str(error.value)
+
+
+@pytest.mark.parametrize("plan", ["ddp", "fsdp update=backward", "1f1b pp=2 microbatches=2"])
+def test_a_budget_that_is_too_small_for_one_rank_is_refused_on_all(plan: str) -> None:
+    first, second = ranks.run(2, refusal, f"{plan} recompute=budget=200", limit_s=20)
+    least = re.search(r"at least (\d+) bytes", first)
+    assert least is not None
+    assert first == second
+    first, second = ranks.run(2, refusal, f"{plan} recompute=budget={int(least[1]) - 1}", limit_s=20)
+    assert "bytes" in first
+    assert first == second
 
 
 def test_a_budget_that_no_row_fits_in_is_refused_before_anything_starts() -> None:

@@ -116,6 +116,18 @@ def whole(batches: Callable[[], list[Any]], loss: Callable[[Any, Any], Tensor] =
 # Positions and features that move
 
 
+@between()
+class SpectralNorm(nn.Module):
+    """Views of a weight that are made without a gradient, and buffers that ops on them write to by `out=`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.inner(x))
+
+
 @between(6, 6)
 def _flip(x: Tensor) -> Tensor:
     return x.flip(1)

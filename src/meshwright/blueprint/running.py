@@ -92,4 +92,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 container.update(content)
 
 
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """As `untouched`, and buffers and other tensors that modules hold have the values that they had before."""
+    attributes = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    held = [(tensor, tensor.detach().clone()) for tensor in (*model.buffers(), *attributes)]
+    try:
+        with untouched(model):
+            yield
+    finally:
+        for tensor, value in held:
+            tensor.detach().copy_(value)
+
+
 _CONTAINERS = (dict, OrderedDict, list)

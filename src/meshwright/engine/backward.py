@@ -5,7 +5,7 @@ scale as they come. What an update needs to know of all gradients (the norm, whe
 
 - `exact`: not at all; only without `clip_grad_norm`.
 - `delayed`: from the step before. The first step of an engine that was not resumed is made in two passes.
-- `two_pass`: from a first forward and backward whose gradients are dropped; buffers are put back and the second draws the same
+- `two_pass`: from a first forward and backward whose gradients are dropped; the model is put back, and the second draws the same
   random numbers, so the numbers are those of `update=step`, for twice the compute.
 
 Non-finite gradients: in two passes they are seen before anything is updated, and `on_nonfinite` means what it always does. In
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from meshwright.blueprint.running import unchanged
 from meshwright.engine import norm
 from meshwright.engine.metrics import Metrics
 from meshwright.errors import ConfigError, DataError, MeshwrightError, PlanError, TrainingError
@@ -128,18 +129,15 @@ class InBackward:
         engine._expected = self._items
 
     def _measure(self, parts: list[Any], counts: list[int]) -> tuple[float, float]:
-        """Make a pass whose gradients are dropped; return the loss and the norm, and leave buffers as they were."""
+        """Make a pass whose gradients are dropped; return the loss and the norm, and leave the model as it was."""
         engine = self._engine
-        buffers = [(buffer, buffer.clone()) for buffer in engine.module.buffers()]
         self._measuring = True
         try:
-            self._loss, found = self._pass(parts, counts)
+            with unchanged(engine.module):
+                self._loss, found = self._pass(parts, counts)
         finally:
             self._measuring = False
         self._used = frozenset(id(entry) for entry in engine._applied.sharded if entry.used)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
         return self._loss, found
 
     def _pass(self, parts: list[Any], counts: list[int]) -> tuple[float, float]:
@@ -158,12 +156,14 @@ class InBackward:
             if self.units is not None:
                 self.units.flush()
         self._optimizer.settle()
+        engine._applied.agree(engine.ranks)
         sums = engine._sums * engine.ranks.speaks
-        flags = torch.tensor([float(entry.used) for entry in engine._applied.sharded], dtype=torch.float64, device=sums.device)
-        mine = torch.cat([sums, self._square[None], flags])
+        found = [*fsdp.trail(engine._applied.root), *(float(entry.used) for entry in engine._applied.sharded)]
+        mine = torch.cat([sums, self._square[None], torch.tensor(found, dtype=torch.float64, device=sums.device)])
         if engine.ranks.mesh is not None:
-            dist.all_reduce(mine)  # 8 * (3 + parameters) bytes over every rank
-        loss, _, square, *users = mine.tolist()
+            dist.all_reduce(mine)  # 8 * (5 + parameters) bytes over every rank
+        loss, _, square, total, squares, *users = mine.tolist()
+        fsdp.refuse_other_trails(total, squares, engine.ranks.world_size)
         for entry, users_of_it in zip(engine._applied.sharded, users, strict=True):
             entry.used = users_of_it > 0
         used = {id(entry): entry.used for entry in engine._applied.sharded}

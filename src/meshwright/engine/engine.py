@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright import _torch
+from meshwright.blueprint.running import unchanged
 from meshwright.blueprint.sample import caller
 from meshwright.engine import norm, state
 from meshwright.engine.backward import InBackward, refuse_by_hand
@@ -37,6 +38,7 @@ from meshwright.engine.stored import StoredOptimizer
 from meshwright.errors import ConfigError, DataError, TrainingError
 from meshwright.parallel import fsdp
 from meshwright.parallel.apply import COMPUTE_DTYPES, Reading, apply, average_batch_norms
+from meshwright.parallel.parameters import idle
 from meshwright.parallel.partitioned import needs_example, sum_parts
 from meshwright.parallel.pipelined import refuse_output, refuse_short, sum_shared
 from meshwright.parallel.ranks import build_ranks
@@ -289,7 +291,7 @@ class Engine:
             self._add(scalar(loss, "the loss is"), count)
             self._differentiate(loss, count)
         elif self._applied.sharded:
-            torch.autograd.backward(self._without_items, [torch.zeros_like(tensor) for tensor in self._without_items])
+            self._differentiate_nothing(self._without_items)
         self._without_items = []
         if self._applied.buckets is not None:
             self._applied.buckets.finish()
@@ -358,16 +360,15 @@ class Engine:
             self._expected = max(1.0, total[0].item())
 
     def _keep_company(self, part: Any) -> None:
-        """Send the collectives of a forward and backward under zero=3 without adding to any gradient."""
-        batch = self._stand_in(part)
-        used = [entry.used for entry in self._applied.sharded]
-        output = self._output_of(to_device(batch, self.ranks.device))
-        # A batch without items may make an output that is not finite, which even a gradient of zero turns into NaN.
-        tensors = [tensor for tensor in _torch.tensors_of(output) if tensor.requires_grad]
-        differentiable = [tensor for tensor in tensors if tensor.isfinite().all()] or tensors
-        torch.autograd.backward(differentiable, [torch.zeros_like(tensor) for tensor in differentiable])
-        for entry, before in zip(self._applied.sharded, used, strict=True):
-            entry.used = before
+        """Send the collectives of a forward and backward under zero=3, and leave no trace of it."""
+        batch = to_device(self._stand_in(part), self.ranks.device)
+        with unchanged(self.module):
+            output = self._output_of(batch)
+            self._differentiate_nothing([tensor for tensor in _torch.tensors_of(output) if tensor.requires_grad])
+
+    def _differentiate_nothing(self, tensors: list[Tensor]) -> None:
+        with idle(self.table):
+            torch.autograd.backward(tensors, [torch.zeros_like(tensor) for tensor in tensors])
 
     def _stand_in(self, part: Any) -> Any:
         """Return a batch that this rank can compute on when it has no items: one that it has seen, or the example."""
@@ -400,16 +401,18 @@ class Engine:
                 entry.gradient = entry.gradient if entry.used else None
             loss_sum, items = sums.tolist()
             return loss_sum, items, math.sqrt(share.item() * self.ranks.world_size)
-        flags = [float(entry.used) for entry in applied.sharded]
+        flags = [*fsdp.trail(applied.root), *(float(entry.used) for entry in applied.sharded)]
         flags_there = torch.tensor(flags, dtype=torch.float64, device=share.device)
         mine = torch.cat([self._sums * self.ranks.speaks, share[None], flags_there])
-        dist.all_reduce(mine)  # 8 * (3 + parameters) bytes over every rank
-        loss_sum, items, square, *users = mine.tolist()
+        dist.all_reduce(mine)  # 8 * (5 + parameters) bytes over every rank
+        loss_sum, items, square, total, squares, *users = mine.tolist()
+        fsdp.refuse_other_trails(total, squares, self.ranks.world_size)
         for entry, count in zip(applied.sharded, users, strict=True):
             entry.gradient = entry.gradient if count else None
         return loss_sum, items, math.sqrt(square)
 
     def _update(self, optimizer: BoundOptimizer) -> Metrics:
+        self._applied.agree(self.ranks)
         loss_sum, items, raw_norm = self._collect()
         if items == 0:
             raise DataError(f"step {self.steps}: no rank has an item to train on")
@@ -444,6 +447,8 @@ class Engine:
     def _clear(self) -> None:
         if self._applied.buckets is not None:
             self._applied.buckets.clear()
+        if self._applied.root is not None:
+            self._applied.root.trail = 0
         for entry in self.table:
             entry.live.grad = entry.gradient = entry.summed = None
             entry.used = False

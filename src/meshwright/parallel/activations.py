@@ -82,7 +82,7 @@ class Activations:
                 yield
         finally:
             self._current = None
-            call.stored = {}  # their keys may come again; whoever saved the tensors holds them by their views
+            call.close()
 
     def pack(self, tensor: Tensor) -> Any:
         """What is kept in the place of a saved tensor of the block at work."""
@@ -142,6 +142,15 @@ class _Call:
             self.kept.append(weakref.ref(self.stored[key]))
         return self.stored[key]
 
+    def close(self) -> None:
+        """The call is over: what it saved goes out as it is by now, held by the views of whoever saved it.
+
+        Not before: ops may save one part of a storage, then write to another part and save that (the gates of a GRU).
+        """
+        self.stored = {}  # their keys may come again
+        for stored in self._living():
+            stored.send()
+
     def _living(self) -> Iterator[_Stored]:
         return (stored for reference in self.kept if (stored := reference()) is not None)
 
@@ -163,12 +172,16 @@ class _Call:
 
 
 class _Stored:
-    """A storage that has gone out: `memory` while it is still here, or here again."""
+    """A storage that goes out when its call is over: `memory` while it is still here, or here again."""
 
     def __init__(self, call: _Call, tensor: Tensor) -> None:
         self.call = call
         self.memory: Tensor | None = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-        self.ticket: Any = call.home.send(self)
+        self.ticket: Any = None
+
+    def send(self) -> None:
+        """Begin to take it out."""
+        self.ticket = self.call.home.send(self)
 
     def fetch(self) -> None:
         """Begin to bring it back."""
@@ -180,7 +193,7 @@ class _Stored:
         return self.memory if self.memory is not None else self.call.home.receive(self.ticket)
 
     def __del__(self) -> None:
-        if hasattr(self, "ticket"):  # in whatever thread collects it: what has to wait for a transfer is done later
+        if self.ticket is not None:  # in whatever thread collects it: what has to wait for a transfer is done later
             self.ticket.drop()
             self.call.home.freed.append(self.ticket)
 

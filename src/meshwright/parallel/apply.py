@@ -66,6 +66,11 @@ class Applied:
     recompute: Recompute | None = None
     parked: Parked | None = None
 
+    def agree(self, ranks: Ranks) -> None:
+        """Raise `PlanError` on every rank for what one has found to be impossible; every rank must call it once a step."""
+        if self.recompute is not None:
+            self.recompute.agree(ranks)
+
     def groups(self) -> list[list[Parameter]]:
         """Return the trainable entries that this rank updates together, in the order in which a backward is done with them."""
         units = [] if self.root is None else [entries for _, entries in reversed(fsdp.units(self.root, self.sharded))]

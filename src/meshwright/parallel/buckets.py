@@ -183,12 +183,11 @@ class Buckets:
             parameter.grad = None
             if index not in bucket.waiting:
                 self._again(bucket, entry)
-            entry.used = True
-            if bucket.buffer is None:
-                self._allocate(bucket)
-            if gradient.is_sparse:
-                gradient = gradient.to_dense()
-            self._write(bucket, index, gradient, padded)
+            if not entry.idle:
+                entry.used = True
+                if bucket.buffer is None:
+                    self._allocate(bucket)
+                self._write(bucket, index, gradient.to_dense() if gradient.is_sparse else gradient, padded)
             if self._held:
                 return
             bucket.waiting.discard(index)

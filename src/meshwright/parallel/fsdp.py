@@ -36,10 +36,41 @@ class Root(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.trail = 0  # which units a step has run, in which order, as a number
 
     def forward(self, function: Callable[[], Any]) -> Any:
-        """Return what `function` returns."""
-        return function()
+        """Return what `function` returns. Raises `ModelError` for a block that FSDP2's hooks can't work with."""
+        try:
+            return function()
+        except RuntimeError as error:
+            if "RegisterPostBackwardFunction" not in str(error):
+                raise
+            raise ModelError(
+                "a block writes to a tensor that it is given, which zero=3 and offload=params do not allow: let it write to a "
+                "copy, or use zero=2"
+            ) from error
+
+    def ran(self, number: int) -> None:
+        """Note that a unit runs."""
+        if torch.is_grad_enabled() and not _torch.in_backward():
+            self.trail = (self.trail * 31 + number + 1) % _TRAILS
+
+
+_TRAILS = 1 << 20
+
+
+def trail(root: Root | None) -> list[float]:
+    """What ranks sum, for `refuse_other_trails` to see whether all have the same: both exact for up to 4,096 ranks."""
+    return [0.0, 0.0] if root is None else [float(root.trail), float(root.trail**2)]
+
+
+def refuse_other_trails(total: float, squares: float, ranks: int) -> None:
+    """Raise `ModelError` if ranks ran different units in a step: they gathered each other's rows in the place of their own."""
+    if int(total) ** 2 != ranks * int(squares):
+        raise ModelError(
+            "ranks ran different blocks in this step, or in another order, and zero=3 gathers a block on all ranks at once: use "
+            "zero=2, or have the model decide alike on every rank"
+        )
 
 
 def shardable(table: list[Parameter]) -> list[Parameter]:
@@ -80,6 +111,8 @@ def shard(
             unit.set_gradient_divide_factor(1.0)  # losses are weighted by item count beforehand: gradients are summed
             unit.set_force_sum_reduction_for_comms(True)
     _torch.fsdp_reduce_unused(cast(FSDPModule, root))
+    for number, (_, group, _) in enumerate(_torch.fsdp_groups(root)):
+        _torch.fsdp_around(group, "pre_forward", partial(root.ran, number), lambda: None)
     rebind(module, taken)
     if ranks.mesh is not None:
         for entry in taken:

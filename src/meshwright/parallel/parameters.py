@@ -7,7 +7,8 @@ norm, the optimizer, checkpoints) counts logical tensors, and names them by the 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
 
@@ -60,7 +61,8 @@ class Parameter:
     `homes` are the pipeline ranks that hold it, `here` whether this is one of them (elsewhere `live` is on the meta device).
     `rows` is (first, count) of this rank's rows where the master is sharded on dim 0 over `dp_shard`, else None.
     `gradient` is the reduced gradient of the master's shape, between the backward and the update; `used` says whether a
-    backward of the step reached the parameter, on this rank while it runs, on any rank once it is reduced. `gathered` is FSDP2's
+    backward of the step reached the parameter, on this rank while it runs, on any rank once it is reduced; backwards under `idle`
+    don't count, and leave no gradient. `gathered` is FSDP2's
     whole tensor, whose memory comes and goes; `summed` is the gradient once the parts of the step have been summed.
     `stored` stands for the master's values where the plan keeps them in another form or place; the master then has its shape only.
     """
@@ -80,6 +82,7 @@ class Parameter:
     here: bool = True
     gradient: Tensor | None = field(default=None, repr=False)
     used: bool = field(default=False, repr=False)
+    idle: bool = field(default=False, repr=False)
     gathered: Tensor | None = field(default=None, repr=False)
     summed: Tensor | None = field(default=None, repr=False)
     stored: Stored | None = field(default=None, repr=False)
@@ -107,9 +110,12 @@ class Parameter:
         """Return this rank's rows of a tensor of the parameter's `shape`."""
         return part if self.rows is None else part.narrow(0, *self.rows)
 
-    def mark_used(self, _: Tensor) -> None:
+    def mark_used(self, gathered: Tensor) -> None:
         """Note that a backward has reached the parameter."""
-        self.used = True
+        if self.idle:
+            gathered.grad = None
+        else:
+            self.used = True
 
 
 def collect(module: nn.Module) -> list[Parameter]:
@@ -131,6 +137,18 @@ def collect(module: nn.Module) -> list[Parameter]:
         names = tuple(name for name, _ in entries)
         table.append(Parameter(names, weakref.ref(first), first, first, first.shape, first.dtype, trainable, whole=first.shape))
     return table
+
+
+@contextmanager
+def idle(table: list[Parameter]) -> Iterator[None]:
+    """Backwards inside send what collectives they send, and add to no gradient, not even what is not finite."""
+    for entry in table:
+        entry.idle = True
+    try:
+        yield
+    finally:
+        for entry in table:
+            entry.idle = False
 
 
 def replace_live(module: nn.Module, entry: Parameter, parameter: nn.Parameter) -> None:

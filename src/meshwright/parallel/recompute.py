@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy as shallow
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -26,8 +28,9 @@ from meshwright import _torch
 from meshwright.blueprint import costs
 from meshwright.blueprint.running import untouched
 from meshwright.parallel.activations import Activations, View
+from meshwright.parallel.ranks import Ranks
 from meshwright.partition.trace import is_plain
-from meshwright.plan.recompute import BlockCosts, Choice, Item, budget_bytes, fit, full, selective
+from meshwright.plan.recompute import BlockCosts, Choice, Item, budget_bytes, fit, full, minimum, refuse, selective
 from meshwright.plan.stages import CPU, GPU, Rates
 
 Function = Callable[..., Any]
@@ -36,7 +39,7 @@ Function = Callable[..., Any]
 @dataclass
 class _Facts:
     """What the first call of a block has shown, and what was chosen for it: `writes` are the places of tensors among its arguments
-    that it writes to, `changes` the entries of modules' dicts (buffers, attributes) that a call leaves changed.
+    that it writes to, `changes` the entries of modules' dicts (buffers, attributes) that a call leaves changed, or may.
     """
 
     costs: BlockCosts
@@ -57,10 +60,11 @@ class Recompute:
         self.mode, self.names, self.device, self.offload = mode, frozenset(names), device, offload
         self.rates = CPU if device.type == "cpu" else GPU
         self.budget = budget_bytes(mode)
-        self._facts: dict[tuple[str, bool], _Facts] = {}
+        self._facts: dict[tuple[Any, ...], _Facts] = {}
         self._entered: set[int] = set()
         self._outside: dict[int, int] = {}
-        self._spent = False
+        self._spent = self._agreed = False
+        self._least = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -84,11 +88,24 @@ class Recompute:
             return
         outside = sum(nbytes for key, nbytes in self._outside.items() if key not in self._entered)
         blocks = list(self._facts.values())
-        chosen = fit([(block.costs, block.calls) for block in blocks], outside, self.budget)
-        for block, choice in zip(blocks, chosen, strict=True):
-            block.choice = choice
+        costs = [(block.costs, block.calls) for block in blocks]
+        self._least = minimum(costs, outside)
+        if self._least <= self.budget:
+            for block, choice in zip(blocks, fit(costs, outside, self.budget), strict=True):
+                block.choice = choice
         self._spent = True
         self._outside.clear()
+
+    def agree(self, ranks: Ranks) -> None:
+        """Raise `PlanError` on every rank if the activations of one don't fit in the budget; each must call it once a step."""
+        if self.budget is None or self._agreed:
+            return
+        found = torch.tensor([float(not self._spent), float(self._least)], dtype=torch.float64, device=self.device)
+        if ranks.mesh is not None:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)  # 16 bytes over every rank, until each has had a batch
+        unspent, least = found.tolist()
+        self._agreed = not unspent
+        refuse(self.budget, int(least))
 
     def wrap(self, module: nn.Module) -> None:
         """Send the calls of the blocks of `module` through here; the modules, their names and their hooks stay as they are."""
@@ -129,7 +146,7 @@ class Recompute:
         before = _Before(module, facts.changes)
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            return kept.forward(), before.again(kept.backward())
+            return kept.forward(), _Anew(lambda: before.again(kept.backward()))
 
         def call(*again: Tensor) -> Any:
             """The call itself, then its repetitions."""
@@ -145,8 +162,10 @@ class Recompute:
         return checkpoint(call, *tensors, use_reentrant=False, context_fn=contexts)
 
     def known(self, name: str, module: nn.Module, function: Function, args: Any, kwargs: Any) -> _Facts:
-        """What is known of a block, by a first look if need be."""
-        key = (name, module.training)
+        """What is known of a block's calls with such arguments, by a first look if need be."""
+        leaves = _torch.tree_flatten((args, kwargs))[0]
+        flags = (leaf if isinstance(leaf, bool | str | NoneType) else type(leaf) for leaf in leaves)
+        key = (name, module.training, *flags)
         if key not in self._facts:
             found = self._facts[key] = _look(module, function, args, kwargs, self.rates, self.device)
             found.choice = (selective if self.mode == "selective" else full)(found.costs)
@@ -233,10 +252,11 @@ def _look(module: nn.Module, function: Function, args: Any, kwargs: Any, rates: 
             inside, named = _copied((args, kwargs), replaced)
             output = function(*inside, **named)
         for home, key, value, content in held:
-            if home.get(key) is not value or not _equal(value, content):
+            changed = home.get(key) is not value or not _equal(value, content)
+            if changed or _may_change(key, value):
                 changes.append((home, key))
-                if isinstance(value, Tensor):
-                    value.data.copy_(content)
+            if changed and isinstance(value, Tensor):
+                value.data.copy_(content)
     returned = {_torch.storage_key(tensor) for tensor in _torch.tensors_of(output)}
     entering = {_torch.storage_key(copy): copy.nbytes for copy in copies if copy.requires_grad}
     ignored |= {_torch.storage_key(copy) for copy in copies if not copy.requires_grad}
@@ -273,6 +293,16 @@ def _copied(value: Any, made: dict[int, Any]) -> Any:
 
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_SMALL = 1 << 16
+"""Bytes of a buffer that is worth copying at every call, in case that this one writes to it."""
+
+
+def _may_change(key: str, value: Any) -> bool:
+    """Whether a call other than the first may change it: a copy of every call is held of what is small."""
+    if isinstance(value, Tensor):
+        return not isinstance(value, nn.Parameter) and value.nbytes <= _SMALL
+    return not (key in _OF_EVERY_MODULE or isinstance(value, nn.Module) or callable(value))
 
 
 def _frozen(value: Any) -> Any:
@@ -388,6 +418,21 @@ class _Before:
             self.repeating = True
             stack.callback(lambda: setattr(self, "repeating", False))
             yield
+
+
+class _Anew:
+    """A context that is made anew whenever it is entered: a call is repeated for every backward through it (a gradient penalty)."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.make = make
+        self.entered: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> None:
+        self.entered.append(self.make())
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.entered.pop().__exit__(*error)
 
 
 def has_blocks(names: Sequence[str], plan_text: str, class_name: str) -> bool:

@@ -239,7 +239,9 @@ class _Unrecorded:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
-            return self.op(*args, **kwargs)
+            result = self.op(*args, **kwargs)
+        # A view of a leaf says that it requires a gradient even so, and ops with out= would refuse it.
+        return _torch.tree_map_tensors(lambda t: t.detach() if t.requires_grad and all(t is not x for x in args) else t, result)
 
 
 def _returns_one(op: TracedOp) -> bool:

@@ -95,12 +95,11 @@ def fit(blocks: Sequence[tuple[BlockCosts, int]], outside: int, budget: int) -> 
     `blocks` are (costs, micro-batches in flight on its stage), `outside` the bytes that are saved whatever is chosen. Raises
     `PlanError` below the minimum, and says it.
     """
+    refuse(budget, minimum(blocks, outside))
     fronts: dict[tuple[BlockCosts, int], list[tuple[int, float, Choice]]] = {}
     for costs, flying in blocks:
         if (costs, flying) not in fronts:
             fronts[costs, flying] = [(c.bytes * flying, c.seconds * flying, c) for c in front(costs)]
-    least = outside + sum(min(point[0] for point in fronts[block]) for block in blocks)
-    _refuse(budget, least)
     # Points are (bytes, seconds, choice of the last block, the point it was added to).
     points: list[tuple[int, float, Choice | None, object]] = [(outside, 0.0, None, None)]
     for block in blocks:
@@ -120,6 +119,11 @@ def fit(blocks: Sequence[tuple[BlockCosts, int]], outside: int, budget: int) -> 
         chosen.append(at[2])
         at = at[3]  # type: ignore[assignment]
     return chosen[::-1]
+
+
+def minimum(blocks: Sequence[tuple[BlockCosts, int]], outside: int) -> int:
+    """The bytes that `fit` can't go below."""
+    return outside + sum(full(costs).bytes * flying for costs, flying in blocks)
 
 
 def hull(costs: BlockCosts) -> Front:
@@ -170,10 +174,11 @@ def shared_out(ordered: Sequence[Step], counts: Sequence[int], room: float) -> t
     return max(0.0, room) - left, spared
 
 
-def _refuse(budget: int, least: int) -> None:
+def refuse(budget: int, least: int) -> None:
+    """Raise `PlanError` for a budget below the `least` bytes of a rank."""
     if least > budget:
         raise PlanError(
-            f"recompute=budget={budget}: this rank keeps at least {least} bytes of activations with everything recomputed: give "
+            f"recompute=budget={budget}: a rank keeps at least {least} bytes of activations with everything recomputed: give "
             f"budget={least} or more, a smaller micro-batch, or offload=activations:cpu"
         )
 
@@ -188,7 +193,7 @@ def check_budget(blueprint: Blueprint, plan: Plan, items: int) -> None:
         return
     least, shares = saved_bytes(blueprint, "full", items, CPU)[0], plan.tp * plan.cp * plan.pp
     whole = shares == 1 and plan.loss_chunks == 1
-    _refuse(budget, least // shares + whole * blueprint.rest.activation_bytes.at(items))
+    refuse(budget, least // shares + whole * blueprint.rest.activation_bytes.at(items))
 
 
 @functools.cache
