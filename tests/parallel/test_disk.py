@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -108,3 +109,30 @@ def test_short_transfers_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_sizes_are_rounded_up() -> None:
     assert [rounded(n) for n in (0, 1, 4096, 4097)] == [0, 4096, 4096, 8192]
     assert all(aligned(n).data_ptr() % 4096 == 0 for n in (1, 4096, 5000))
+
+
+def test_room_is_not_claimed_far_beyond_what_a_small_disk_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk of 1 MB takes 1 MB, in pieces that are asked for one by one."""
+    capacity, claimed = 1 << 20, 0
+
+    def allocate(_: int, offset: int, length: int) -> None:
+        nonlocal claimed
+        if offset + length > capacity:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        claimed = offset + length
+
+    class State:
+        f_frsize = 1
+
+        @property
+        def f_bavail(self) -> int:
+            return capacity - claimed
+
+    monkeypatch.setattr(disks.os, "posix_fallocate", allocate)
+    monkeypatch.setattr(disks.os, "statvfs", lambda _: State())
+    disk = Disk(str(tmp_path))
+    slots = [disk.slot(64 << 10) for _ in range(16)]
+    assert len({slot.offset for slot in slots}) == 16
+    with pytest.raises(TrainingError, match="is full"):
+        disk.slot(64 << 10)
+    disk.close()

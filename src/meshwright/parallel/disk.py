@@ -71,13 +71,18 @@ def check_directory(directory: str, needed_bytes: int = 0) -> None:
     kind = _filesystem(path)
     if kind in _NETWORK or (kind.startswith("fuse.") and kind != "fuse.mergerfs"):
         raise PlanError(f"nvme={directory}: the directory is on a network filesystem ({kind}); name one on a local disk")
-    state = os.statvfs(path)
-    free = state.f_bavail * state.f_frsize
+    free = _free_bytes(directory)
     if needed_bytes > free:
         raise PlanError(
             f"nvme={directory}: the plan puts {needed_bytes / 1e9:.3g} GB there and {free / 1e9:.3g} GB are free; free some, name "
             f"a larger disk, or offload at most @{free / needed_bytes:.2f} of it"
         )
+
+
+def _free_bytes(place: str | int) -> int:
+    """What this user may still write to the filesystem of a path or an open file."""
+    state = os.statvfs(place)
+    return state.f_bavail * state.f_frsize
 
 
 def _filesystem(path: Path) -> str:
@@ -172,8 +177,10 @@ class Disk:
         if reusable:
             before = reusable.pop()
             return Slot(before.offset, nbytes, before.latest)
-        if self._end + size > self._claimed:
-            self._claim(max(size, 32 * BLOCK) if self._claimed else size)
+        short = self._end + size - self._claimed
+        if short > 0:
+            ahead = min(32 * BLOCK, _free_bytes(self._descriptor) // 8) if self._claimed else 0  # others may use the disk too
+            self._claim(max(short, ahead))
         slot = Slot(self._end, nbytes)
         self._end += size
         return slot
