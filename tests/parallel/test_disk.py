@@ -65,8 +65,15 @@ def test_nothing_is_left_in_the_directory_and_room_is_used_again(tmp_path: Path)
 def test_a_directory_that_will_not_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PlanError, match="no such directory"):
         Disk(str(tmp_path / "missing"))
-    with pytest.raises(PlanError, match=r"GB are free; .*offload at most @0\.0"):
-        Disk(str(tmp_path), needed_bytes=1 << 50)
+    (tmp_path / "file").touch()
+    for name, says in (("file", "is a file"), ("x" * 300, "no such directory")):
+        with pytest.raises(PlanError, match=says):
+            Disk(str(tmp_path / name))
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    with pytest.raises(PlanError, match=r"B are free; .*offload at most @0\.0[456] of it$"):
+        Disk(str(tmp_path), needed_bytes=20 * free)
+    with pytest.raises(PlanError, match=r"B are free; .*a larger disk$"):
+        Disk(str(tmp_path), needed_bytes=1 << 60)
     monkeypatch.setattr(disks, "_filesystem", lambda _: "nfs4")
     with pytest.raises(PlanError, match="network filesystem"):
         Disk(str(tmp_path))

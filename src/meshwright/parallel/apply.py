@@ -214,11 +214,6 @@ def _recompute(plan: Plan, module: nn.Module, partition: Partition | None, ranks
         return None
     if plan.data_parallel and torch.cuda.device_count() > 1:
         raise PlanError(f"{' '.join(asked)}: the plan dp copies the module to every device at each step: use ddp")
-    if moved and plan.recompute == "none" and plan.pp > 1 and plan.schedule in SPLIT_BACKWARD:
-        raise PlanError(
-            f"offload=activations: {plan.schedule} holds on to activations until it has computed the weights' gradients: add "
-            "recompute=selective or recompute=full, or use schedule=1f1b"
-        )
     runs = Recompute(plan.recompute, names, ranks.device, Activations(moved, ranks.device) if moved else None)
     if partition is None:
         runs.wrap(module)
@@ -261,6 +256,12 @@ def refuse_storage(plan: Plan) -> None:
     for item in offloads(plan.offload):
         if item.directory is not None:
             check_directory(item.directory)
+        holds = item.what == "activations" and plan.recompute == "none" and plan.pp > 1 and plan.schedule in SPLIT_BACKWARD
+        if holds and (item.directory is not None or torch.cuda.is_available()):
+            raise PlanError(
+                f"offload=activations: {plan.schedule} holds on to activations until it has computed the weights' gradients: add "
+                "recompute=selective or recompute=full, or use schedule=1f1b"
+            )
     alone = plan.shards == 1 and plan.degree_product() > 1
     if any(item.what == "params" for item in offloads(plan.offload)) and (plan.zero != 3 or alone or plan.pp != 1):
         raise PlanError("offload=params takes parameters that are sharded in units: use dp_shard=N zero=3, or one rank, and pp=1")

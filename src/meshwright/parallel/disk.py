@@ -64,8 +64,12 @@ def aligned(nbytes: int) -> Tensor:
 def check_directory(directory: str, needed_bytes: int = 0) -> None:
     """Raise `PlanError` for a directory that is missing, not writable, on a network filesystem, or short of `needed_bytes`."""
     path = Path(directory)
-    if not path.is_dir():
-        raise PlanError(f"nvme={directory}: there is no such directory; make it, or name one on a local disk")
+    if os.path.isfile(path):  # which, unlike pathlib's, says no to what this user can't reach
+        raise PlanError(f"nvme={directory} is a file; name a directory on a local disk")
+    if not os.path.isdir(path):
+        raise PlanError(
+            f"nvme={directory}: there is no such directory that this user can reach; make it, or name one on a local disk"
+        )
     if not os.access(path, os.W_OK | os.X_OK):
         raise PlanError(f"nvme={directory}: the directory is not writable by this user; name one that is")
     kind = _filesystem(path)
@@ -73,10 +77,15 @@ def check_directory(directory: str, needed_bytes: int = 0) -> None:
         raise PlanError(f"nvme={directory}: the directory is on a network filesystem ({kind}); name one on a local disk")
     free = _free_bytes(directory)
     if needed_bytes > free:
+        part = f", or offload at most @{free / needed_bytes:.2f} of it" if free > 0.01 * needed_bytes else ""
         raise PlanError(
-            f"nvme={directory}: the plan puts {needed_bytes / 1e9:.3g} GB there and {free / 1e9:.3g} GB are free; free some, name "
-            f"a larger disk, or offload at most @{free / needed_bytes:.2f} of it"
+            f"nvme={directory}: the plan puts {_size(needed_bytes)} there and {_size(free)} are free; free some, or name a larger "
+            f"disk{part}"
         )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 10**8 else f"{nbytes / 1e6:.3g} MB"
 
 
 def _free_bytes(place: str | int) -> int:
