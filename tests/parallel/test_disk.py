@@ -143,3 +143,16 @@ def test_room_is_not_claimed_far_beyond_what_a_small_disk_has(tmp_path: Path, mo
     with pytest.raises(TrainingError, match="is full"):
         disk.slot(64 << 10)
     disk.close()
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "ünï"])
+def test_a_network_filesystem_is_known_by_its_place_whatever_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / name
+    place.mkdir()
+    lines = f"/dev/root / ext4 rw 0 0\nhost:/export {str(place).replace(' ', chr(92) + '040')} nfs4 rw 0 0\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: lines)
+    with pytest.raises(PlanError, match=r"network filesystem \(nfs4\)"):
+        check_directory(str(place))
+    check_directory(str(tmp_path))

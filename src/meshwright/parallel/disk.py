@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -100,9 +101,9 @@ def _filesystem(path: Path) -> str:
     if not table.exists():
         return ""
     here, best, kind = path.resolve(), -1, ""
-    for line in table.read_text().splitlines():
-        _, point, found, *_ = line.split()
-        mounted = Path(point.encode().decode("unicode_escape"))
+    for line in table.read_text(errors="surrogateescape").split("\n")[:-1]:
+        _, point, found, *_ = line.split(" ")
+        mounted = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), point))  # spaces and the like are in octal there
         if len(mounted.parts) >= best and (here == mounted or mounted in here.parents):
             best, kind = len(mounted.parts), found
     return kind
