@@ -568,7 +568,8 @@ class Pricer:
         flops = shape.flops[0] + shape.flops[1] * batch
         on_device = reserved + outside_allocator(plan, self.kernels)
         peak = device.peak_flops("float8" if plan.precision == "fp8" else {"fp32": "float32"}.get(plan.precision, "bfloat16"))
-        fits = on_device <= device.memory_bytes and self.host_bytes(plan) <= device.host_memory_bytes
+        on_host = self.host_bytes(plan)
+        fits = on_device <= device.memory_bytes and on_host <= device.host_memory_bytes
         return Prediction(
             plan=str(plan),
             devices=devices,
@@ -584,6 +585,8 @@ class Pricer:
             reserved_bytes=reserved,
             device_bytes=on_device,
             capacity_bytes=float(device.memory_bytes),
+            host_bytes=on_host,
+            host_capacity_bytes=float(device.host_memory_bytes),
             bound="memory" if not fits else bound(seconds, step),
             price_per_hour=devices * device.price,
             micro_batch=items,
