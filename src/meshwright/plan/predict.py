@@ -22,8 +22,9 @@ from meshwright.plan.memory import widths
 from meshwright.plan.plan import Plan, moved, offloads
 from meshwright.plan.prediction import Prediction, bound
 from meshwright.plan.profile import Profile, profile
-from meshwright.plan.recompute import Step, budget_bytes, shared_out, steps
+from meshwright.plan.recompute import Step, budget_bytes, check_budget, shared_out, steps
 from meshwright.plan.stages import balance, place
+from meshwright.plan.storage import refuse_contradictions
 from meshwright.plan.suited import check_subjects, run_mode, suited
 from meshwright.plan.time import Rates, Split, UnitTime, in_chunks, rates, unit_time
 
@@ -36,7 +37,10 @@ def predict(blueprint: Blueprint, cluster: Cluster, plan: Plan | str, global_bat
     """
     check_subjects(blueprint, cluster, global_batch)
     plan = (plan if isinstance(plan, Plan) else Plan.parse(plan)).resolve(cluster.devices)
-    return Pricer.of(blueprint, cluster, plan.precision, plan.compile).price(plan, global_batch)
+    refuse_contradictions(plan)
+    found = Pricer.of(blueprint, cluster, plan.precision, plan.compile).price(plan, global_batch)
+    check_budget(blueprint, plan, found.micro_batch)
+    return found
 
 
 FULL_STORAGE = 12.0
