@@ -70,6 +70,7 @@ class Recompute:
             return
 
         def pack(tensor: Tensor) -> Tensor:
+            """Count a storage that is saved, once."""
             base = tensor if tensor._base is None else tensor._base
             # Fake tensors are those of a model that is being read: nothing of that lives on.
             if not isinstance(tensor, _torch.FakeTensor) and not (base.is_leaf and base.requires_grad):
