@@ -33,6 +33,12 @@ class CheckpointError(MeshwrightError):
     """A checkpoint that is missing, incomplete, or does not match the model."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that can't be written, because of the disk."""
+
+    exit_code = 1
+
+
 class TrainingError(MeshwrightError):
     """A run that had to stop: a non-finite gradient, a rank that failed."""
 

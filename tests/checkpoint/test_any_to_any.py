@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import meshwright as mw
 import parity
@@ -218,3 +219,26 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path) -> None:
     messages = ranks.run(1, load_damaged, str(bad))[0]
     assert len(messages) == 4
     assert all("\n" not in message for message in messages)
+
+
+@pytest.mark.parametrize("inner", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("unexpected pos 7")])
+def test_what_ends_a_save(inner: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails is a failure, said in words; Ctrl-C is Ctrl-C. What was saved before stays."""
+    engine = _engine("single")
+    engine.save(tmp_path / "before")
+
+    def fails(*_: object, **__: object) -> None:
+        raise dcp.CheckpointException("write", {0: (inner, None)})  # type: ignore[arg-type, dict-item]
+
+    monkeypatch.setattr(dcp, "save", fails)
+    if isinstance(inner, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            engine.save(tmp_path / "after")
+    else:
+        with pytest.raises(mw.CheckpointError) as error:
+            engine.save(tmp_path / "after")
+        assert error.value.exit_code == 1
+        assert str(inner.args[-1]) in str(error.value)
+        assert "dict_keys" not in str(error.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["before"]
+    _engine("single").load(tmp_path / "before")

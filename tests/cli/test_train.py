@@ -347,3 +347,11 @@ def test_auto_is_resolved_before_the_run_and_the_run_says_how_right_the_predicti
     assert prediction["prediction"]["plan"] == prediction["plan"]
     assert f'text = "{prediction["plan"]}"' in (folder / "plan.toml").read_text()
     assert f"predicted {prediction['prediction']['step_seconds']:.4g} s a step, measured" in done.stderr
+
+
+def test_a_warning_is_one_line_without_a_place_in_our_code(text: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    done = _train(text, "--plan", "single offload=optimizer:cpu", "--ranks", "1", "--steps", "1", "--out", out)
+    assert done.returncode == 0
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("warning: offload=optimizer:cpu")

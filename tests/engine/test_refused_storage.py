@@ -52,8 +52,10 @@ def test_optimizers_that_may_read_a_whole_matrix(plan: str, tmp_path: Path) -> N
 
 
 def test_a_loop_by_hand_does_not_say_which_backward_is_the_last() -> None:
-    with pytest.raises(mw.ConfigError, match=r"engine\.step"):
-        _engine("update=backward")(torch.ones(2, 8))
+    engine = _engine("update=backward")
+    for call in (lambda: engine(torch.ones(2, 8)), engine.optimizer_step, engine.full_gradients):
+        with pytest.raises(mw.ConfigError, match=r"engine\.step"):
+            call()
 
 
 @pytest.mark.parametrize("plan", ["update=backward", "update=backward clip=two_pass"])

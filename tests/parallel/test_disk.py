@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -64,8 +65,15 @@ def test_nothing_is_left_in_the_directory_and_room_is_used_again(tmp_path: Path)
 def test_a_directory_that_will_not_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PlanError, match="no such directory"):
         Disk(str(tmp_path / "missing"))
-    with pytest.raises(PlanError, match=r"GB are free; .*offload at most @0\.0"):
-        Disk(str(tmp_path), needed_bytes=1 << 50)
+    (tmp_path / "file").touch()
+    for name, says in (("file", "is a file"), ("x" * 300, "no such directory")):
+        with pytest.raises(PlanError, match=says):
+            Disk(str(tmp_path / name))
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    with pytest.raises(PlanError, match=r"B are free; .*offload at most @0\.0[456] of it$"):
+        Disk(str(tmp_path), needed_bytes=20 * free)
+    with pytest.raises(PlanError, match=r"B are free; .*a larger disk$"):
+        Disk(str(tmp_path), needed_bytes=1 << 60)
     monkeypatch.setattr(disks, "_filesystem", lambda _: "nfs4")
     with pytest.raises(PlanError, match="network filesystem"):
         Disk(str(tmp_path))
@@ -108,3 +116,43 @@ def test_short_transfers_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_sizes_are_rounded_up() -> None:
     assert [rounded(n) for n in (0, 1, 4096, 4097)] == [0, 4096, 4096, 8192]
     assert all(aligned(n).data_ptr() % 4096 == 0 for n in (1, 4096, 5000))
+
+
+def test_room_is_not_claimed_far_beyond_what_a_small_disk_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk of 1 MB takes 1 MB, in pieces that are asked for one by one."""
+    capacity, claimed = 1 << 20, 0
+
+    def allocate(_: int, offset: int, length: int) -> None:
+        nonlocal claimed
+        if offset + length > capacity:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        claimed = offset + length
+
+    class State:
+        f_frsize = 1
+
+        @property
+        def f_bavail(self) -> int:
+            return capacity - claimed
+
+    monkeypatch.setattr(disks.os, "posix_fallocate", allocate)
+    monkeypatch.setattr(disks.os, "statvfs", lambda _: State())
+    disk = Disk(str(tmp_path))
+    slots = [disk.slot(64 << 10) for _ in range(16)]
+    assert len({slot.offset for slot in slots}) == 16
+    with pytest.raises(TrainingError, match="is full"):
+        disk.slot(64 << 10)
+    disk.close()
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "ünï"])
+def test_a_network_filesystem_is_known_by_its_place_whatever_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / name
+    place.mkdir()
+    lines = f"/dev/root / ext4 rw 0 0\nhost:/export {str(place).replace(' ', chr(92) + '040')} nfs4 rw 0 0\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: lines)
+    with pytest.raises(PlanError, match=r"network filesystem \(nfs4\)"):
+        check_directory(str(place))
+    check_directory(str(tmp_path))

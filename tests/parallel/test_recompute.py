@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ import ranks
 from meshwright.cli.train import check
 from meshwright.errors import PlanError
 from meshwright.models.decoder import Decoder, gpt
-from meshwright.train.config import Config, ModelTable, PlanTable
+from meshwright.train.config import Config, DataTable, ModelTable, PlanTable
+from meshwright.train.data import Samples
 from parity import assert_same_as_single_device
 
 MODES = ["full", "selective", "budget=1M"]
@@ -213,6 +215,49 @@ def test_a_budget_that_no_row_fits_in_is_refused_before_anything_starts() -> Non
     settings = Config(model=ModelTable("gpt:layers=2,hidden=32,heads=2,vocab=256"), plan=PlanTable("recompute=budget=1K"))
     with pytest.raises(PlanError, match="at least"):
         check(settings, 1)
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_the_minimum_that_is_said_is_accepted(chunks: int) -> None:
+    """To the byte, for rows that are views of a longer batch too; and less of the logits makes it smaller, not larger."""
+    tokens = torch.zeros(4, 17, dtype=torch.int64)
+
+    def start(budget: int) -> mw.Engine:
+        return mw.parallelize(
+            Decoder(gpt(layers=2, hidden=32, heads=2, vocab=256, sequence=16)),
+            f"recompute=budget={budget} loss_chunks={chunks} microbatches=2",
+            optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+            loss_fn=mw.losses.cross_entropy,
+            example_batch=(tokens[:2, :-1], tokens[:2, 1:]),
+        )
+
+    def least(budget: int) -> int:
+        with pytest.raises(PlanError, match=r"at least (\d+) bytes") as error:
+            start(budget).step((tokens[:, :-1], tokens[:, 1:]))
+        return int(re.search(r"at least (\d+)", str(error.value))[1])  # type: ignore[index]
+
+    said = least(26_000 if chunks == 1 else 9000)  # more than one row needs, which is refused earlier
+    assert said < 2 * 2 * 16 * (32 + 256 // chunks) * 4
+    assert start(said).step((tokens[:, :-1], tokens[:, 1:])).loss > 0
+
+
+def test_the_minimum_that_the_command_says_is_accepted_by_the_run() -> None:
+    settings = Config(
+        model=ModelTable("gpt:layers=2,hidden=32,heads=2,vocab=256"),
+        data=DataTable(sequence_length=32, global_batch=4),
+        plan=PlanTable("recompute=budget=1K"),
+    )
+    with pytest.raises(PlanError, match=r"at least (\d+) bytes") as error:
+        check(settings, 1)
+    said = re.search(r"at least (\d+)", str(error.value))
+    assert said is not None
+    engine = mw.parallelize(
+        Decoder(gpt(layers=2, hidden=32, heads=2, vocab=256, sequence=32)),
+        f"recompute=budget={said[1]}",
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        loss_fn=mw.losses.cross_entropy,
+    )
+    assert engine.step(Samples(np.arange(2048, dtype=np.uint8), 32).batch([0, 1, 2, 3])).loss > 0
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import meshwright as mw
 import parity
 import ranks
 import zoo
+from meshwright.parallel.parameters import collect
 from meshwright.parallel.weights import Weights
 from parallel.test_memory import Mlp, live_bytes, only_what_is_new
 
@@ -116,3 +117,34 @@ def test_files_that_do_not_fit_are_refused_in_a_sentence(tmp_path: Path) -> None
     ):
         assert part in message
         assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ("{nope", "weight_map"),
+        ("[]", "weight_map"),
+        ('{"weight_map": null}', "weight_map"),
+        ('{"weight_map": {"a": "../elsewhere.safetensors"}}', "beside it"),
+        ('{"weight_map": {"a": "/etc/elsewhere.safetensors"}}', "beside it"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "not there"),
+    ],
+)
+def test_an_index_that_is_none_or_leads_elsewhere(index: str, says: str, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "m.safetensors")
+    save_file({"a": torch.zeros(2)}, tmp_path.parent / "elsewhere.safetensors")
+    (tmp_path / "m.safetensors.index.json").write_text(index)
+    with pytest.raises(mw.ConfigError, match=says):
+        Weights(tmp_path)
+
+
+def test_a_tensor_in_two_files_and_one_of_whole_numbers(tmp_path: Path) -> None:
+    with pytest.raises(mw.ConfigError, match="path of a safetensors file"):
+        Weights(3)  # type: ignore[arg-type]
+    table = collect(torch.nn.Linear(2, 2, bias=False))
+    save_file({"weight": torch.zeros(2, 2, dtype=torch.int8)}, tmp_path / "a.safetensors")
+    with pytest.raises(mw.ModelError, match="whole numbers"):
+        Weights(tmp_path).check(table, {})
+    save_file({"weight": torch.zeros(2, 2)}, tmp_path / "b.safetensors")
+    with pytest.raises(mw.ConfigError, match=r"a\.safetensors and b\.safetensors"):
+        Weights(tmp_path)

@@ -227,7 +227,11 @@ def test_the_host_holds_what_it_can() -> None:
     """405B parameters' states are 12 bytes each, 608 GB for each of 8 devices; their host has 128 GB for each."""
     model = mw.inspect("llama3-405b", seq=128, dtype=torch.bfloat16, device="cuda")
     roomy = "8xH100-80GB,memory=2000"
-    assert not mw.predict(model, mw.Cluster.parse(roomy), "fsdp precision=bf16 offload=optimizer:cpu", 8).fits
+    full = mw.predict(model, mw.Cluster.parse(roomy), "fsdp precision=bf16 offload=optimizer:cpu", 8)
+    assert not full.fits
+    assert "128 GB of its host" in str(full)  # the device is not what is short
+    assert f"{full.host_bytes / 1e9:.0f} GB of offloaded states" in str(full)
+    assert full.candidate()["host_bytes"] == full.host_bytes > full.host_capacity_bytes
     assert mw.predict(model, mw.Cluster.parse(roomy), "fsdp precision=bf16 offload=optimizer:cpu@0.2", 8).fits
 
 

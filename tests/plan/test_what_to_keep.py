@@ -129,19 +129,22 @@ class Living(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive = 0
+        self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in before:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in before | self.known:
                 storage = tensor.untyped_storage()
                 self.alive += storage.nbytes()
-                weakref.finalize(storage, self.gone, storage.nbytes())
+                self.known.add(storage._cdata)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
         return result
 
-    def gone(self, nbytes: int) -> None:
+    def gone(self, key: int, nbytes: int) -> None:
         self.alive -= nbytes
+        self.known.discard(key)
 
 
 def case(name: str) -> tuple[nn.Module, Any, Any]:

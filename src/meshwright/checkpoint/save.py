@@ -20,10 +20,12 @@ from torch import Tensor
 
 from meshwright.checkpoint.folders import STATE
 from meshwright.checkpoint.tensors import Recut, SavePlanner, model_tensors, optimizer_tensors
-from meshwright.errors import CheckpointError
+from meshwright.errors import CheckpointError, SaveError, first_line
 from meshwright.parallel.parameters import Stored
 
 _NUMBERS = "numbers"
+_FULL = 1 << 20
+"""Bytes: with less than that left nothing of a checkpoint can be written."""
 
 if TYPE_CHECKING:
     from meshwright.engine.engine import Engine
@@ -36,14 +38,16 @@ def save(engine: Engine, path: Path, extra: dict[str, Any]) -> None:
     """
     path = path.absolute()
     partial = path.with_name(path.name + ".partial") if path.name else path
-    problem = ""
+    problem, kind = "", CheckpointError
     try:
         tensors, stored, state = _contents(engine, extra)
         if engine.ranks.rank == 0:
             _make_room(path, partial)
-    except (OSError, TypeError, ValueError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    _agree(engine, path, problem)
+    except (TypeError, ValueError) as error:
+        problem = first_line(error)
+    except OSError as error:
+        problem, kind = _cause(error, path), SaveError
+    _agree(engine, path, problem, kind)
     try:
         writer = dcp.FileSystemWriter(partial / "tensors", sync_files=True)
         with warnings.catch_warnings():
@@ -51,14 +55,14 @@ def save(engine: Engine, path: Path, extra: dict[str, Any]) -> None:
             dcp.save(tensors, storage_writer=writer, planner=SavePlanner(stored), no_dist=engine.ranks.mesh is None)
         (partial / f"{_NUMBERS}-{engine.ranks.rank}.json").write_text(json.dumps(state.pop("numbers")))
     except (OSError, dcp.CheckpointException) as error:
-        problem = str(error).splitlines()[0]
-    _agree(engine, path, problem)
+        problem = _cause(error, path)
+    _agree(engine, path, problem, SaveError)
     try:
         if engine.ranks.rank == 0:
             _finish(partial, path, state)
     except OSError as error:
-        problem = str(error)
-    _agree(engine, path, problem)
+        problem = _cause(error, path)
+    _agree(engine, path, problem, SaveError)
 
 
 def _contents(engine: Engine, extra: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Stored], dict[str, Any]]:
@@ -120,7 +124,19 @@ def _finish(partial: Path, path: Path, state: dict[str, Any]) -> None:
     shutil.rmtree(_old(path), ignore_errors=True)
 
 
-def _agree(engine: Engine, path: Path, problem: str) -> None:
+def _cause(error: OSError | dcp.CheckpointException, path: Path) -> str:
+    """What went wrong, in words: torch wraps each rank's error with its traceback. Ctrl-C is passed on as what it is."""
+    inner: BaseException = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+    if isinstance(inner, KeyboardInterrupt):
+        raise KeyboardInterrupt from error
+    reason = inner.strerror if isinstance(inner, OSError) and inner.strerror else f"{type(inner).__name__}: {first_line(inner)}"
+    folder = next(parent for parent in path.parents if parent.exists())
+    if shutil.disk_usage(folder).free < _FULL:  # torch's writer has words of its own for that
+        reason = "the disk is full; free some and resume"
+    return f"{reason} (checkpoints from before are intact)"
+
+
+def _agree(engine: Engine, path: Path, problem: str, kind: type[CheckpointError]) -> None:
     """Meet all ranks; if one of them has a problem, clean up and raise on every one."""
     failed = torch.tensor(float(bool(problem)), device=engine.ranks.device)
     if engine.ranks.mesh is not None:
@@ -128,4 +144,4 @@ def _agree(engine: Engine, path: Path, problem: str) -> None:
     if failed.item():
         if engine.ranks.rank == 0 and path.name:
             shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
-        raise CheckpointError(f"the checkpoint {path} can't be written: {problem or 'another rank failed'}")
+        raise kind(f"the checkpoint {path} can't be written: {problem or 'another rank failed'}")

@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         code = 130
     sys.stdout.flush()
     raise SystemExit(code)

@@ -99,6 +99,7 @@ def check(config: Any, ranks: int) -> None:
     from meshwright.train.loop import make_optimizer
     from meshwright.train.metrics import refuse_missing
     from meshwright.train.predicted import blueprint
+    from meshwright.train.storage import check_storage
 
     plan = Plan.parse(config.plan.text, ranks)
     refuse_unavailable(plan)
@@ -115,13 +116,12 @@ def check(config: Any, ranks: int) -> None:
     spec = parse_spec(config.model.spec, sequence=config.data.sequence_length)
     if spec.config is not None and spec.config.vocab < VOCABULARY:
         raise ConfigError(f"model {spec.text!r} has vocab={spec.config.vocab}, but tokens are bytes: use vocab={VOCABULARY}")
-    if spec.config is None:
-        build_on_meta(spec.build)  # a user's own code may fail: once, here, not on every rank
+    model = build_on_meta(spec.build)  # a user's own code may fail: once, here, not on every rank
     if plan.tp > 1 or plan.cp > 1 or plan.pp > 1:
         layout(spec.text, plan, config.data.sequence_length, 2)
     if budget_bytes(plan.recompute) is not None:
         check_budget(blueprint(config, plan.precision), plan, batch // share)
-    make_optimizer(config.optimizer)
+    check_storage(plan, model, make_optimizer(config.optimizer), int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
     find_files(config.data.source)
 
 

@@ -298,6 +298,7 @@ class Engine:
 
     def optimizer_step(self) -> Metrics:
         """Reduce what is left to reduce, clip, update, and free the gradients; every rank must call it."""
+        refuse_by_hand(self.plan)
         try:
             self._reduce_rest()
             optimizer = self._optimizer()
@@ -317,6 +318,7 @@ class Engine:
         They are those of the global mean loss, before clipping. For a hand-written loop, before `optimizer_step`; every rank
         must call it.
         """
+        refuse_by_hand(self.plan)
         self._reduce_rest()
         _, items, _ = self._collect()
         return state.full_gradients(self, (self._expected or 1.0) / (max(1.0, items) * self.loss_scale.value))

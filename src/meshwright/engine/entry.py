@@ -82,7 +82,7 @@ def parallelize(
         on_nonfinite=on_nonfinite,
         lr_schedule=lr_schedule,
         seed=seed,
-        weights=None if weights is None else Weights(Path(weights)),
+        weights=None if weights is None else Weights(weights),
     )
     return Engine(model, parsed, optimizer, settings, example_batch, device)
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from meshwright.errors import ConfigError
 from meshwright.parallel.parameters import Parameter, Stored
 from meshwright.parallel.ranks import Ranks
+from meshwright.plan import Plan
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -38,6 +39,15 @@ ELEMENTWISE = (
     torch.optim.Rprop,
     torch.optim.SGD,
 )
+
+
+def refuse_whole_matrices(optimizer: torch.optim.Optimizer, plan: Plan) -> None:
+    """Raise `ConfigError` for an optimizer that a plan which updates slices can't have."""
+    if type(optimizer) not in ELEMENTWISE:
+        raise ConfigError(
+            f"{type(optimizer).__name__} may read a whole matrix, and this plan ({plan}) updates slices: use an elementwise "
+            "optimizer such as AdamW or SGD, or leave offload, optimizer_state, master and update out"
+        )
 
 
 class BoundOptimizer:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshwright.engine.optimizer import ELEMENTWISE, BoundOptimizer, OptimizerFactory
+from meshwright.engine.optimizer import BoundOptimizer, OptimizerFactory, refuse_whole_matrices
 from meshwright.errors import ConfigError
 from meshwright.parallel.copies import Copies
 from meshwright.parallel.forms import Form, remainder, stochastic_bf16
@@ -109,11 +109,7 @@ class StoredOptimizer(BoundOptimizer):
         """Build the optimizer; `groups` are the entries that are updated together, in the order in which that happens."""
         self._parked = parked
         super().__init__(factory, table, ranks)
-        if type(self.torch) not in ELEMENTWISE:
-            raise ConfigError(
-                f"{type(self.torch).__name__} may read a whole matrix, and this plan ({plan}) updates slices: use an elementwise "
-                "optimizer such as AdamW or SGD, or leave offload, optimizer_state, master and update out"
-            )
+        refuse_whole_matrices(self.torch, plan)
         self._plan, self._device, self._seed = plan, ranks.device, seed
         known = {id(entry) for entry in self.entries}
         kept = [[entry for entry in group if id(entry) in known] for group in groups]

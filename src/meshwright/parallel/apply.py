@@ -37,6 +37,7 @@ from meshwright.parallel.weights import Weights
 from meshwright.plan import Plan
 from meshwright.plan.orders import SPLIT_BACKWARD
 from meshwright.plan.plan import offloads
+from meshwright.plan.storage import refuse_contradictions
 
 COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 """Precision in the plan -> the dtype that matmuls run in; None leaves every tensor in the dtype the model gave it. fp8 is what
@@ -219,11 +220,6 @@ def _recompute(plan: Plan, module: nn.Module, partition: Partition | None, ranks
         return None
     if plan.data_parallel and torch.cuda.device_count() > 1:
         raise PlanError(f"{' '.join(asked)}: the plan dp copies the module to every device at each step: use ddp")
-    if moved and plan.recompute == "none" and plan.pp > 1 and plan.schedule in SPLIT_BACKWARD:
-        raise PlanError(
-            f"offload=activations: {plan.schedule} holds on to activations until it has computed the weights' gradients: add "
-            "recompute=selective or recompute=full, or use schedule=1f1b"
-        )
     runs = Recompute(plan.recompute, names, ranks.device, Activations(moved, ranks.device) if moved else None)
     if partition is None:
         runs.wrap(module)
@@ -266,21 +262,13 @@ def refuse_storage(plan: Plan) -> None:
     for item in offloads(plan.offload):
         if item.directory is not None:
             check_directory(item.directory)
-    alone = plan.shards == 1 and plan.degree_product() > 1
-    if any(item.what == "params" for item in offloads(plan.offload)) and (plan.zero != 3 or alone or plan.pp != 1):
-        raise PlanError("offload=params takes parameters that are sharded in units: use dp_shard=N zero=3, or one rank, and pp=1")
-    if plan.master != "fp32" and plan.precision != "bf16":
-        raise PlanError(f"master={plan.master} keeps bfloat16 weights: add precision=bf16, or leave master out")
-    if plan.clip != "exact" and plan.update == "step":
-        raise PlanError(f"clip={plan.clip} is for update=backward: add that, or leave clip out")
-    if plan.update == "backward" and plan.pp != 1:
-        raise PlanError(
-            f"update=backward: a pipeline (pp={plan.pp}) has all gradients before the first is whole: leave update out, or use pp=1"
-        )
-    if plan.update == "backward" and plan.precision == "fp16" and plan.clip != "two_pass":
-        raise PlanError(
-            "update=backward: precision=fp16 looks at all gradients before the first update: use bf16, or clip=two_pass"
-        )
+        holds = item.what == "activations" and plan.recompute == "none" and plan.pp > 1 and plan.schedule in SPLIT_BACKWARD
+        if holds and (item.directory is not None or torch.cuda.is_available()):
+            raise PlanError(
+                f"offload=activations: {plan.schedule} holds on to activations until it has computed the weights' gradients: add "
+                "recompute=selective or recompute=full, or use schedule=1f1b"
+            )
+    refuse_contradictions(plan)
 
 
 class _Values:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -73,20 +74,34 @@ def aligned(nbytes: int, shift: int = 0) -> Tensor:
 def check_directory(directory: str, needed_bytes: int = 0) -> None:
     """Raise `PlanError` for a directory that is missing, not writable, on a network filesystem, or short of `needed_bytes`."""
     path = Path(directory)
-    if not path.is_dir():
-        raise PlanError(f"nvme={directory}: there is no such directory; make it, or name one on a local disk")
+    if os.path.isfile(path):  # which, unlike pathlib's, says no to what this user can't reach
+        raise PlanError(f"nvme={directory} is a file; name a directory on a local disk")
+    if not os.path.isdir(path):
+        raise PlanError(
+            f"nvme={directory}: there is no such directory that this user can reach; make it, or name one on a local disk"
+        )
     if not os.access(path, os.W_OK | os.X_OK):
         raise PlanError(f"nvme={directory}: the directory is not writable by this user; name one that is")
     kind = _filesystem(path)
     if kind in _NETWORK or (kind.startswith("fuse.") and kind != "fuse.mergerfs"):
         raise PlanError(f"nvme={directory}: the directory is on a network filesystem ({kind}); name one on a local disk")
-    state = os.statvfs(path)
-    free = state.f_bavail * state.f_frsize
+    free = _free_bytes(directory)
     if needed_bytes > free:
+        part = f", or offload at most @{free / needed_bytes:.2f} of it" if free > 0.01 * needed_bytes else ""
         raise PlanError(
-            f"nvme={directory}: the plan puts {needed_bytes / 1e9:.3g} GB there and {free / 1e9:.3g} GB are free; free some, name "
-            f"a larger disk, or offload at most @{free / needed_bytes:.2f} of it"
+            f"nvme={directory}: the plan puts {_size(needed_bytes)} there and {_size(free)} are free; free some, or name a larger "
+            f"disk{part}"
         )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 10**8 else f"{nbytes / 1e6:.3g} MB"
+
+
+def _free_bytes(place: str | int) -> int:
+    """What this user may still write to the filesystem of a path or an open file."""
+    state = os.statvfs(place)
+    return state.f_bavail * state.f_frsize
 
 
 def _filesystem(path: Path) -> str:
@@ -95,9 +110,9 @@ def _filesystem(path: Path) -> str:
     if not table.exists():
         return ""
     here, best, kind = path.resolve(), -1, ""
-    for line in table.read_text().splitlines():
-        _, point, found, *_ = line.split()
-        mounted = Path(point.encode().decode("unicode_escape"))
+    for line in table.read_text(errors="surrogateescape").split("\n")[:-1]:
+        _, point, found, *_ = line.split(" ")
+        mounted = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), point))  # spaces and the like are in octal there
         if len(mounted.parts) >= best and (here == mounted or mounted in here.parents):
             best, kind = len(mounted.parts), found
     return kind
@@ -189,8 +204,10 @@ class Disk:
         if reusable:
             before = reusable.pop()
             return Slot(before.offset, nbytes, room, latest=before.latest)
-        if self._end + room > self._claimed:
-            self._claim(max(room, 32 * BLOCK) if self._claimed else room)
+        short = self._end + room - self._claimed
+        if short > 0:
+            ahead = min(32 * BLOCK, _free_bytes(self._descriptor) // 8) if self._claimed else 0  # others may use the disk too
+            self._claim(max(short, ahead))
         slot = Slot(self._end, nbytes, room)
         self._end += room
         return slot

@@ -74,9 +74,14 @@ class Recompute:
             return
 
         def pack(tensor: Tensor) -> Tensor:
+            """Count a storage that is saved, once."""
             base = tensor if tensor._base is None else tensor._base
-            if not (base.is_leaf and base.requires_grad):
-                self._outside[_torch.storage_key(tensor)] = tensor.untyped_storage().nbytes()
+            # Fake tensors are those of a model that is being read: nothing of that lives on.
+            if not isinstance(tensor, _torch.FakeTensor) and not (base.is_leaf and base.requires_grad):
+                key, nbytes = _torch.storage_key(tensor), tensor.untyped_storage().nbytes()
+                if base.is_leaf:  # rows of a batch that is there anyway: what is saved is the view
+                    nbytes = min(nbytes, max(tensor.nbytes, self._outside.get(key, 0)))
+                self._outside[key] = nbytes
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -22,17 +22,27 @@ from meshwright.parallel.parameters import Parameter
 class _Place:
     file: Path
     shape: torch.Size
+    floats: bool
 
 
 class Weights:
     """The tensors of one safetensors file, or of all in a directory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         """Read the headers. Raises `ConfigError` for a path that has no such file, or a damaged one."""
-        self.path = path
+        if not isinstance(path, str | Path):
+            raise ConfigError(f"weights={path!r} must be the path of a safetensors file, or of a directory that has some")
+        self.path = path = Path(path)
         self._places: dict[str, _Place] = {}
         for file in _files(path):
-            self._places |= _header(file)
+            found = _header(file)
+            twice = next((name for name in found if name in self._places), None)
+            if twice is not None:
+                where = f"{self._places[twice].file.name} and {file.name}"
+                raise ConfigError(
+                    f"weights={path}: {twice!r} is in {where}: keep one model's files in a directory, or name one file"
+                )
+            self._places |= found
 
     def __contains__(self, name: str) -> bool:
         """Whether there is a tensor of this name."""
@@ -47,6 +57,8 @@ class Weights:
             if self._places[name].shape != entry.whole:
                 found, wanted = list(self._places[name].shape), list(entry.whole)
                 raise ModelError(f"{self.path}: {name!r} has shape {found} there and {wanted} in the model")
+            if entry.dtype.is_floating_point and not self._places[name].floats:
+                raise ModelError(f"{self.path}: {name!r} holds whole numbers there (quantised?) and {entry.dtype} in the model")
         known = {name for entry in table for name in entry.names} | buffers.keys()
         unknown = next((name for name in self._places if name not in known), None)
         if unknown is not None:
@@ -73,7 +85,7 @@ def _files(path: Path) -> list[Path]:
     found = sorted(path.glob("*.safetensors"))
     index = next(iter(sorted(path.glob("*.safetensors.index.json"))), None)
     if index is not None:
-        found = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        found = [path / name for name in _named(path, index)]
         missing = next((file for file in found if not file.is_file()), None)
         if missing is not None:
             raise ConfigError(f"weights={path}: {index.name} names {missing.name}, which is not there")
@@ -82,9 +94,22 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
+def _named(path: Path, index: Path) -> list[str]:
+    """The files that an index names, which lie beside it. Raises `ConfigError` for one that is none, or that leads elsewhere."""
+    try:
+        names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"weights={path}: {index.name} is no index of safetensors files: it has no 'weight_map'") from error
+    elsewhere = next((name for name in sorted(names) if Path(name).name != name), None)
+    if elsewhere is not None:
+        raise ConfigError(f"weights={path}: {index.name} names {elsewhere!r}: an index names files beside it, and no others")
+    return sorted(names)
+
+
 def _header(path: Path) -> dict[str, _Place]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: _Place(path, torch.Size(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {n: _Place(path, torch.Size(s.get_shape()), s.get_dtype().startswith(("F", "BF"))) for n, s in slices.items()}
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} is no complete safetensors file") from error

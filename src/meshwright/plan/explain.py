@@ -59,6 +59,9 @@ def itemised(prediction: Prediction) -> str:
         lines.append(f"  {name:<20} {size / 1e9:10.3f} GB")
     lines.append(f"  {'with slack':<20} {prediction.reserved_bytes / 1e9:10.3f} GB reserved by the allocator")
     lines.append(f"  {'on the device':<20} {prediction.device_bytes / 1e9:10.3f} GB of {prediction.capacity_bytes / 1e9:.1f}")
+    if prediction.host_bytes:
+        host = f"{prediction.host_bytes / 1e9:10.3f} GB of {prediction.host_capacity_bytes / 1e9:.1f} for each device"
+        lines.append(f"  {'on the host':<20} {host}")
     lines += ["", "time of a step"]
     for name, seconds in prediction.time_seconds.items():
         lines.append(f"  {name:<20} {seconds * 1e3:10.2f} ms  {seconds / prediction.step_seconds:6.1%}")

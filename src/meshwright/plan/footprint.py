@@ -142,19 +142,7 @@ def states(plan: Plan, elements: Elements, width: int, on_host: bool = False) ->
     whole, part = elements.total, elements.dense / shard + elements.experts / experts_shard
     trained = elements.trained
     compute = 2 if plan.precision != "fp32" else width
-    gathered = awake = 0.0
-    if zero == 3 and plan.pp > 1:  # gathered once a step and kept through it
-        gathered, awake = compute * whole + gradient * whole / 8, compute * whole
-    elif zero == 3:
-        gathered = compute * (elements.outside + 2 * elements.largest_block) + gradient * max(
-            elements.largest_block, elements.outside
-        )
-        awake = compute * (elements.outside + elements.largest_block)
-    elif zero == 2:
-        gathered = gradient * max(whole / 16, elements.outside / 2 if elements.outside else 0.0) * 2
-    elif units:  # from the host, block by block
-        gathered = compute * (elements.outside + 2 * elements.largest_block)
-        awake = compute * (elements.outside + elements.largest_block)
+    gathered, awake = _gathered(plan, elements, zero, units, compute, gradient)
     opened = gradient * elements.outside
     if shard * plan.dp_replicate * plan.cp > 1 and zero < 2:
         opened = max(opened, min(gradient * whole, BUCKET_BYTES))
@@ -192,6 +180,18 @@ def states(plan: Plan, elements: Elements, width: int, on_host: bool = False) ->
         buffers=buffer_bytes(*stored),
         updating=updating_bytes(*stored),
     )
+
+
+def _gathered(plan: Plan, elements: Elements, zero: int, units: bool, compute: float, gradient: float) -> tuple[float, float]:
+    """`States.gathered` and `States.awake`; `compute` and `gradient` are bytes of an element."""
+    around, largest = elements.outside + elements.largest_block, max(elements.outside, elements.largest_block)
+    if zero == 3 and plan.pp > 1:  # gathered once a step and kept through it
+        return (compute + gradient / 8) * elements.total, compute * elements.total
+    if units:  # block by block, from the others or from the host; the next one comes ahead
+        return compute * (around + elements.largest_block) + gradient * largest * (zero == 3), compute * around
+    if zero == 2:
+        return 2 * gradient * max(elements.total / 16, elements.outside / 2), 0.0
+    return 0.0, 0.0
 
 
 BUCKET_BYTES = 25 * 2**20

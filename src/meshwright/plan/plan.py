@@ -33,7 +33,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _AUTO_ALLOWED = (*_DEGREES, "microbatches")
 _MICROBATCHES_PER_STAGE = 4  # keeps the bubble of 1f1b under a fifth: (P - 1) / (5P - 1)
-_OFFLOAD = re.compile(r"(optimizer|params|activations):(cpu|nvme=[^\s,@]+)(?:@(0?\.\d+|1(?:\.0*)?))?")
+_OFFLOAD = re.compile(r"(optimizer|params|activations):(cpu|nvme=[^\s,@]+)(?:@(0?\.[0-9]+|1(?:\.0*)?))?")
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,11 @@ class Plan:
             if value not in choices:
                 near = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
                 raise PlanError(f"{name}={value} is unknown: the nearest is {name}={near} (one of {', '.join(choices)})")
-        if not re.fullmatch(r"none|selective|full|budget=\d+[KMGT]?B?", self.recompute):
-            raise PlanError(f"recompute={self.recompute} is unknown: use none, selective, full or budget=BYTES")
+        if not re.fullmatch(r"none|selective|full|budget=[0-9]+[KMGT]?B?", self.recompute):
+            raise PlanError(
+                f"recompute={self.recompute} is unknown: use none, selective, full or budget=BYTES, a whole number such as 1500M "
+                "(K, M, G, T are powers of ten)"
+            )
         offloads(self.offload)
         _check_pipeline(self)
         if self.data_parallel and any(getattr(self, name) != 1 for name in _DEGREES):
@@ -116,7 +119,7 @@ class Plan:
         suggested: dict[str, Any] = {}
         for item in re.sub(r"\s*=\s*", "=", text).split():
             key, equals, value = item.partition("=")
-            given = {key: _value(key, value)} if equals else _named(item)
+            given = {key: _value(key, value)} if equals else _named(item, _NAMELESS if "nvme=" in text else "")
             for name in values.keys() & given.keys():
                 if values[name] == AUTO and name in _DEGREES:
                     continue  # a named plan's open degree, now given
@@ -247,10 +250,8 @@ def offloads(text: str) -> tuple[Offload, ...]:
     found = []
     for part in () if text == "none" else text.split(","):
         match = _OFFLOAD.fullmatch(part)
-        if match is None:
-            raise PlanError(
-                f"offload={part} is unknown: use optimizer, params or activations with :cpu or :nvme=DIR, and @FRACTION for a part"
-            )
+        if match is None or not float(match[3] or 1):
+            raise PlanError(_offload_advice(text, part))
         what, where, fraction = match.groups()
         found.append(Offload(what, where.partition("=")[2] or None, float(fraction or 1)))
     for what in sorted({item.what for item in found}):
@@ -258,6 +259,18 @@ def offloads(text: str) -> tuple[Offload, ...]:
         if total > 1 + 1e-9:
             raise PlanError(f"offload={text} moves {total:g} of {what}: the fractions of one thing add up to at most 1")
     return tuple(found)
+
+
+_NAMELESS = " (in a plan DIR has no space, comma or @: make a link to one that has)"
+
+
+def _offload_advice(text: str, part: str) -> str:
+    """Why a part of an `offload` text says nothing known, and what would."""
+    start, at, fraction = part.rpartition("@")
+    if at and _OFFLOAD.fullmatch(start):
+        return f"offload={part}: @{fraction} is no decimal fraction above 0 and up to 1, such as @0.5: leave it out for all of it"
+    hint = _NAMELESS if "nvme=" in text else ""
+    return f"offload={part} is unknown: use optimizer, params or activations with :cpu or :nvme=DIR, and @FRACTION for a part{hint}"
 
 
 def _check_pipeline(plan: Plan) -> None:
@@ -285,11 +298,11 @@ def _factors(ranks: int, axes: int) -> list[int]:
     return [*sorted(_factors(ranks // least, axes - 1), reverse=True), least]
 
 
-def _named(name: str) -> dict[str, Any]:
+def _named(name: str, hint: str) -> dict[str, Any]:
     if name in _NAMED:
         return _NAMED[name]
     near = difflib.get_close_matches(name.lower(), NAMED_PLANS, n=1, cutoff=0.0)[0]
-    raise PlanError(f"unknown plan {name!r}: the nearest is {near!r} (one of {', '.join(NAMED_PLANS)}, or field=value items)")
+    raise PlanError(f"unknown plan {name!r}: the nearest is {near!r} (one of {', '.join(NAMED_PLANS)}, or field=value items){hint}")
 
 
 def _value(key: str, text: str) -> int | bool | str:

@@ -22,8 +22,9 @@ from meshwright.plan.memory import widths
 from meshwright.plan.plan import Plan, moved, offloads
 from meshwright.plan.prediction import Prediction, bound
 from meshwright.plan.profile import Profile, profile
-from meshwright.plan.recompute import budget_bytes, shared_out, steps
+from meshwright.plan.recompute import budget_bytes, check_budget, shared_out, steps
 from meshwright.plan.stages import balance, place
+from meshwright.plan.storage import refuse_contradictions
 from meshwright.plan.suited import check_subjects, run_mode, suited
 from meshwright.plan.time import Rates, Split, UnitTime, in_chunks, rates, unit_time
 from meshwright.plan.units import Base, InFlight, Need, Stage, Units
@@ -37,7 +38,10 @@ def predict(blueprint: Blueprint, cluster: Cluster, plan: Plan | str, global_bat
     """
     check_subjects(blueprint, cluster, global_batch)
     plan = (plan if isinstance(plan, Plan) else Plan.parse(plan)).resolve(cluster.devices)
-    return Pricer.of(blueprint, cluster, plan.precision, plan.compile).price(plan, global_batch)
+    refuse_contradictions(plan)
+    found = Pricer.of(blueprint, cluster, plan.precision, plan.compile).price(plan, global_batch)
+    check_budget(blueprint, plan, found.micro_batch)
+    return found
 
 
 FULL_STORAGE = 12.0
@@ -495,7 +499,8 @@ class Pricer:
         flops = shape.flops[0] + shape.flops[1] * batch
         on_device = reserved + outside_allocator(plan, self.kernels)
         peak = device.peak_flops("float8" if plan.precision == "fp8" else {"fp32": "float32"}.get(plan.precision, "bfloat16"))
-        fits = on_device <= device.memory_bytes and self.host_bytes(plan) <= device.host_memory_bytes
+        on_host = self.host_bytes(plan)
+        fits = on_device <= device.memory_bytes and on_host <= device.host_memory_bytes
         return Prediction(
             plan=str(plan),
             devices=devices,
@@ -511,6 +516,8 @@ class Pricer:
             reserved_bytes=reserved,
             device_bytes=on_device,
             capacity_bytes=float(device.memory_bytes),
+            host_bytes=on_host,
+            host_capacity_bytes=float(device.host_memory_bytes),
             bound="memory" if not fits else bound(seconds, step),
             price_per_hour=devices * device.price,
             micro_batch=items,

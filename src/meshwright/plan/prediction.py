@@ -18,7 +18,8 @@ class Prediction:
 
     `memory_bytes` are bytes of live tensors by purpose, and `peak` those of the worst moment: their sum, or less where they are not
     all there at once (the first gradients may come when most activations have gone). `reserved_bytes` adds the allocator's slack,
-    `device_bytes` also what no tensor owns (context, communicators): `fits` compares that with the device.
+    `device_bytes` also what no tensor owns (context, communicators): `fits` compares that with the device, and
+    `host_bytes` (offloaded states) with the device's share of its host's memory.
     `time_seconds` sums to `step_seconds`. Model FLOPs are those of one forward and backward as captured (attention over the whole
     square), hardware FLOPs what is run with recompute and causal attention halved. `bound` names what limits the plan.
     """
@@ -37,6 +38,8 @@ class Prediction:
     reserved_bytes: float = 0.0
     device_bytes: float = 0.0
     capacity_bytes: float = 0.0
+    host_bytes: float = 0.0
+    host_capacity_bytes: float = 0.0
     bound: str = ""
     price_per_hour: float = 0.0
     micro_batch: int = 1
@@ -60,11 +63,19 @@ class Prediction:
         """The entry of `plan --json` and `predict --json` (DESIGN section 4)."""
         first = ("plan", "step_seconds", "tokens_per_second_per_device", "model_tflops_per_device", "hardware_tflops_per_device")
         names = (*first, "mfu", "bubble_fraction", "memory_bytes", "fits", "time_seconds")
-        return {name: getattr(self, name) for name in names} | {"bound": self.bound, "device_bytes": self.device_bytes}
+        return {name: getattr(self, name) for name in names} | {
+            "bound": self.bound,
+            "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
+        }
 
     def __str__(self) -> str:
         gb = self.memory_bytes["peak"] / 1e9
-        fits = "fits" if self.fits else f"does not fit in {self.capacity_bytes / 1e9:.0f} GB"
+        short = f"does not fit in {self.capacity_bytes / 1e9:.0f} GB"
+        if self.device_bytes <= self.capacity_bytes:
+            room = f"{self.host_capacity_bytes / 1e9:.0f} GB of its host"
+            short = f"fits there, but its {self.host_bytes / 1e9:.0f} GB of offloaded states do not in {room}: offload to nvme=DIR"
+        fits = "fits" if self.fits else short
         speed = f"{self.step_seconds:.4g} s a step, {self.tokens_per_second_per_device:,.0f} tokens/s a device, MFU {self.mfu:.1%}"
         memory = f"{gb:.2f} GB live, {self.device_bytes / 1e9:.2f} GB on the device ({fits})"
         return f"{self.plan}: {speed}; {memory}; bound by {self.bound}"

@@ -179,7 +179,7 @@ def refuse(budget: int, least: int) -> None:
     if least > budget:
         raise PlanError(
             f"recompute=budget={budget}: a rank keeps at least {least} bytes of activations with everything recomputed: give "
-            f"budget={least} or more, a smaller micro-batch, or offload=activations:cpu"
+            f"budget={least} or more, a smaller micro-batch, or recompute=full with offload=activations in place of a budget"
         )
 
 

@@ -51,7 +51,7 @@ def make_optimizer(table: OptimizerTable) -> Callable[[list[nn.Parameter]], torc
         return kind([group for group in groups if group["params"]], **arguments)
 
     try:
-        build([nn.Parameter(torch.zeros(1, 1))])
+        build([nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError, IndexError) as error:
         raise ConfigError(f"[optimizer] does not fit torch.optim.{table.name}: {error}") from error
     return build

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -37,6 +39,7 @@ def work(folder: Path, resume: bool) -> None:
     """Join the ranks and train the run whose resolved configuration lies in `folder`."""
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    warnings.showwarning = _in_a_line
     connect()
     resolved = config.load(folder / "plan.toml", [])
     ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -44,3 +47,12 @@ def work(folder: Path, resume: bool) -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _in_a_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    """Print a warning of ours as a sentence, for its place in our code says nothing to a user; others as Python does."""
+    ours = Path(filename).is_relative_to(Path(__file__).parents[1])
+    text = f"warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
