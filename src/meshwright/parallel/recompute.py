@@ -200,7 +200,7 @@ class _Forward:
 
 
 class _Ops(_torch.DispatchMode):
-    """Prices every op, and sees which memory is written to."""
+    """Prices every op, and sees which memory is written to. Storages are told apart by numbers: their keys come again."""
 
     def __init__(self, rates: Rates) -> None:
         super().__init__()
@@ -208,23 +208,35 @@ class _Ops(_torch.DispatchMode):
         self.seconds: list[float] = []
         self.priced: list[tuple[int, int, float, list[int]]] = []  # place, bytes, seconds, storages
         self.written: set[int] = set()
-        self.alive: list[Any] = []  # so that no storage's key comes again
+        self._numbers: dict[int, int] = {}
+        self._last = 0
+
+    def home(self, tensor: Tensor, made: bool = False) -> int:
+        """The number of a tensor's storage, a new one if it was just made."""
+        key = _torch.storage_key(tensor)
+        if made or key not in self._numbers:
+            self._last += 1
+            self._numbers[key] = self._last
+        return self._numbers[key]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op and price it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         made = _torch.tensors_of(result)
-        self.alive.append(made)
+        given = {_torch.storage_key(tensor) for tensor in _torch.tensors_of((args, kwargs))}
+        fresh = {_torch.storage_key(tensor): tensor for tensor in made}
+        for key, tensor in fresh.items():
+            self.home(tensor, made=key not in given)
         if _torch.is_in_place(func) and args and isinstance(args[0], Tensor):
-            self.written.add(_torch.storage_key(args[0]))
+            self.written.add(self.home(args[0]))
         seconds = 0.0
         if costs.kind_of(func) != "view":
             flops = costs.flops_of(func, args, kwargs, result)
             moved = sum(costs.traffic(func, args, kwargs, result))
             seconds = max(flops / self.rates.flops_per_s, moved / self.rates.bytes_per_s)
         if costs.is_product(func):
-            self.priced.append((len(self.seconds), sum(t.nbytes for t in made), seconds, [_torch.storage_key(t) for t in made]))
+            self.priced.append((len(self.seconds), sum(t.nbytes for t in made), seconds, [self.home(t) for t in made]))
         self.seconds.append(seconds)
         return result
 
@@ -238,16 +250,18 @@ def _look(module: nn.Module, function: Function, args: Any, kwargs: Any, rates: 
     homes = [home for m in module.modules() for home in (vars(m), m._buffers)]
     held = [(home, key, value, _frozen(value)) for home in homes for key, value in home.items() if key not in _TABLES]
     states = {id(t) for t in (*module.parameters(), *module.buffers())}
-    ignored = {_torch.storage_key(t) for t in (*module.parameters(), *module.buffers())}
     saved: dict[int, int] = {}
     last = 0
     ops = _Ops(rates)
+    ignored = {ops.home(t) for t in (*module.parameters(), *module.buffers())}
+    entering = {ops.home(copy): copy.nbytes for copy in copies if copy.requires_grad}
+    ignored |= {ops.home(copy) for copy in copies if not copy.requires_grad}
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal last
         last = len(ops.seconds)
         if id(tensor) not in states:
-            saved[_torch.storage_key(tensor)] = tensor.untyped_storage().nbytes()
+            saved[ops.home(tensor)] = tensor.untyped_storage().nbytes()
         return tensor.detach()  # an op that saved its own result would hold itself: no backward lets go of this graph
 
     devices = [device] if device.type == "cuda" else []
@@ -262,16 +276,13 @@ def _look(module: nn.Module, function: Function, args: Any, kwargs: Any, rates: 
                 changes.append((home, key))
             if changed and isinstance(value, Tensor):
                 value.data.copy_(content)
-    returned = {_torch.storage_key(tensor) for tensor in _torch.tensors_of(output)}
-    entering = {_torch.storage_key(copy): copy.nbytes for copy in copies if copy.requires_grad}
-    ignored |= {_torch.storage_key(copy) for copy in copies if not copy.requires_grad}
+    returned = {ops.home(tensor) for tensor in _torch.tensors_of(output)}
     items = tuple(
         Item(nbytes, 0.0 if place >= last or returned & {*homes} or ops.written & {*homes} else seconds)
         for place, nbytes, seconds, homes in ops.priced
     )
     kept = sum(nbytes for home, nbytes in saved.items() if home not in ignored | returned)
     found = BlockCosts(sum(entering.values()), kept, sum(ops.seconds[:last]), items)
-    ops.alive.clear()  # the graph holds `pack`, which holds `ops`
     writes = frozenset(n for n, (copy, version) in enumerate(zip(copies, versions, strict=True)) if copy._version != version)
     return _Facts(found, writes, changes, Choice(frozenset(), found.entry, found.forward))
 
