@@ -16,7 +16,9 @@ of a million numbers, repeated: to draw 8 billion takes a core the better part o
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
+import os
 import resource
 import shutil
 import statistics
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--section", choices=("offload", "largest"), nargs="*", default=["offload", "largest"])
     parser.add_argument("--directory")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--billions", type=float, nargs="*", default=[13.0, 20.0, 30.0, 40.0])
+    parser.add_argument("--billions", type=float, nargs="*", default=[13.0, 30.0, 40.0, 60.0])
     parser.add_argument("--models", choices=("1B", "8B"), nargs="*", default=["1B", "8B"], help="of `offload`")
     parser.add_argument("--kinds", type=int, nargs="*", help="of `offload`, by number from 0; all by default")
     parser.add_argument("--rows", type=int, default=2, help="sequences in a micro-batch")
@@ -124,21 +126,37 @@ def _parameters(sizes: dict[str, int]) -> int:
 
 
 def _largest(arguments: argparse.Namespace, directory: str) -> list[tuple[str, dict[str, int], str]]:
-    """Models of the asked sizes, in the shape of an 8B; bfloat16 weights on the host, their states in 8 bits there or on disk."""
-    plan = (
-        "precision=bf16 master=stochastic optimizer_state=int8 update=backward recompute=full loss_chunks=16 "
-        f"offload=params:cpu,optimizer:cpu@0.6,optimizer:nvme={directory}@0.4"
-    )
+    """Models of the asked sizes, in the shape of an 8B: bfloat16 weights, their states in 8 bits, offloaded as far as they must."""
+    base = "precision=bf16 master=stochastic optimizer_state=int8 update=backward recompute=full loss_chunks=16"
     if arguments.dry:
-        return [("dry", SIZES["dry"], plan)]
+        return [("dry", SIZES["dry"], f"{base} offload=params:cpu,optimizer:cpu@0.6,optimizer:nvme={directory}@0.4")]
     cases = []
     for billions in arguments.billions:
         hidden = 4096 if billions < 12 else 5120 if billions < 20 else 6656
         block = hidden * hidden * 2.5 + 3 * hidden * 3.5 * hidden
         sizes = SIZES["8B"] | {"hidden": hidden, "heads": hidden // 128, "kv_heads": hidden // 512, "ffn": int(3.5 * hidden)}
         sizes["layers"] = round((billions * 1e9 - 2 * hidden * sizes["vocab"]) / block)
-        cases.append((f"{billions:g}B", sizes, plan))
+        rooms = _room(arguments.device), 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        cases.append((f"{billions:g}B", sizes, f"{base} {filled(_parameters(sizes), *rooms, directory)}".strip()))
     return cases
+
+
+def _room(device: str) -> float:
+    """Bytes of the device for states, beside 30 GB for gathered units, gradients on their way, activations and the allocator."""
+    return torch.cuda.get_device_properties(device).total_memory - 30e9
+
+
+def filled(parameters: int, device: float, host: float, directory: str) -> str:
+    """`offload=` for weights of 2 bytes and states of 2.03: what the device has no room for goes to the host, what the host has
+    none for to the disk. Weights first: the host has nothing to compute with them. Hundredths, rounded up where bytes leave.
+    """
+    over, items = (2 + 2 * 1.016) * parameters - device, []
+    for what, each in (("params", 2.0), ("optimizer", 2 * 1.016)):
+        leaves = math.ceil(100 * min(1.0, max(0.0, over) / (each * parameters))) / 100
+        stays = min(leaves, math.floor(100 * max(0.0, host) / (each * parameters)) / 100)
+        over, host = over - leaves * each * parameters, host - stays * each * parameters
+        items += [f"{what}:cpu@{stays:g}"] * (stays > 0) + [f"{what}:nvme={directory}@{leaves - stays:.2g}"] * (leaves > stays)
+    return f"offload={','.join(items)}".replace("@1,", ",").removesuffix("@1") if items else ""
 
 
 def _alone(arguments: argparse.Namespace, sizes: dict[str, int], plan: str) -> dict[str, Any]:
