@@ -3,9 +3,9 @@
     python benchmarks/memory_live.py --directory /scratch                # a GPT under 216 combinations, two models under fewer
     python benchmarks/memory_live.py --model llama --stages zero3
 
-Every combination trains three steps on local ranks. The C library counts each tensor's bytes, whichever thread frees them: blocks
-above 32 KiB have memory maps of their own, whose sum glibc knows (`mallinfo2`). It is read after every op of the third step (a
-dispatch mode sees them all), so temporaries inside one op are left out, as they are in the prediction. The first plan of a process
+Every combination trains three steps on local ranks. glibc counts the bytes that are in use, whichever thread frees them (`mallinfo2`:
+Python's own objects are not among them). It is read after every op of the third step (a dispatch mode sees them all), so temporaries
+inside one op are left out, as they are in the prediction. The first plan of a process
 is run twice: libraries allocate for good when they are first used. (16-bit computing is left out: on a CPU the planner halves what
 autocast keeps in float32. The bytes of 16-bit states and masters are held by tests/parallel/test_memory.py.)
 """
@@ -61,7 +61,7 @@ class _Counts(ctypes.Structure):
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that are mapped after any op inside."""
+    """The most bytes in use after any op inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,10 +71,11 @@ class Peak(TorchDispatchMode):
         self.most = 0
 
     def now(self) -> int:
-        return int(self.library.mallinfo2().hblkhd)
+        counts = self.library.mallinfo2()
+        return int(counts.uordblks + counts.hblkhd)
 
     def settled(self) -> int:
-        """What is mapped when nothing runs: gloo's thread, and those of a disk, let go of tensors a moment later."""
+        """What is in use when nothing runs: gloo's thread, and those of a disk, let go of tensors a moment later."""
         gc.collect()
         counts = [self.now()]
         while len(set(counts[-8:])) > 1 or len(counts) < 8:
