@@ -3,11 +3,11 @@
     python benchmarks/memory_live.py --directory /scratch                # a GPT under 216 combinations, two models under fewer
     python benchmarks/memory_live.py --model llama --stages zero3
 
-Every combination trains three steps on local ranks. glibc counts the bytes in use, whichever thread frees them (`mallinfo2`;
-Python's own objects are not among them). It is read after every op of the third step (a dispatch mode sees them all), so temporaries inside
-one op are left out, as they are in the prediction. The first plan of a process is run twice: libraries allocate for good when they
-are first used. (16-bit computing is left out: on a CPU the planner halves what autocast keeps in float32. The bytes of 16-bit
-states and masters are held by tests/parallel/test_memory.py.)
+Every combination trains three steps on local ranks. glibc counts the bytes in use, whichever thread frees them (`mallinfo2`), and
+Python's own objects are not among them. It is read after every op of the third step (a dispatch mode sees them all), so temporaries
+inside one op are left out, as they are in the prediction. The first plan of a process is run twice: libraries allocate for good
+when they are first used. (16-bit computing is left out: on a CPU the planner halves what autocast keeps in float32. The bytes of
+16-bit states and masters are held by tests/parallel/test_memory.py.)
 """
 
 from __future__ import annotations
