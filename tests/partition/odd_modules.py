@@ -415,6 +415,19 @@ class CountsInPython(nn.Module):
         return x * self.calls + 0.1 * self.also
 
 
+@between(LENGTH, LENGTH, LENGTH)
+class RemembersInAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+        self.counts = {"calls": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.shape[1])
+        self.counts["calls"] += 1
+        return x * len(self.seen) + 0.1 * self.counts["calls"]
+
+
 @dataclass
 class Output:
     logits: Tensor

@@ -29,7 +29,7 @@ from meshwright.partition.partition import Pass, Policy
 from meshwright.partition.program import Program
 from meshwright.partition.sequence import follow_sequence
 from meshwright.partition.state import Axis
-from meshwright.partition.trace import Stale, Subject, Trace, is_opaque, is_plain, plain_attributes, trace
+from meshwright.partition.trace import Stale, Subject, Trace, content, is_opaque, plain_attributes, trace
 from meshwright.plan import Plan
 
 _KEPT = 64
@@ -197,8 +197,7 @@ class Partition:
         """What modules hold beside tensors: training or evaluation mode, a rate, a counter."""
         if not self._plain:
             self._plain = plain_attributes(self.module)
-        values = [home.get(name) for home, name, _ in self._plain]
-        return tuple(value if is_plain(value) else type(value) for value in values)
+        return tuple(content(home.get(name)) for home, name, _ in self._plain)
 
     def run(self, kind: str, function: Function, batch: Any) -> Any:
         """Return `function(batch)`, computed by this rank's program for batches like this one; `kind` tells functions apart."""

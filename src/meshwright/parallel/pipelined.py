@@ -29,7 +29,7 @@ from meshwright.parallel.pipeline import Job, Runner, Stage
 from meshwright.parallel.ranks import Ranks
 from meshwright.partition.program import Program
 from meshwright.partition.stages import Piece, cut, edges, refuse_shared_memory
-from meshwright.partition.trace import Guard, Stale, Trace
+from meshwright.partition.trace import Guard, Stale, Trace, set_attribute
 from meshwright.plan import Plan
 from meshwright.plan.orders import stage_ranks
 from meshwright.plan.schedule import Action, Schedule, build
@@ -125,7 +125,7 @@ class Pipeline:
             cutting = self._cutting(kind, function, part, leaves)
             found.append(cutting)
             for home, name, value in cutting.changes:  # the next micro-batch's Python sees what this one's has set
-                home[name] = value
+                set_attribute(home, name, value)
             jobs.append(Job(cutting.stages, leaves, weight))
         outputs: dict[int, Any] = {}
         if jobs:

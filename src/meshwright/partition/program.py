@@ -24,7 +24,7 @@ from meshwright.blueprint.trees import map_tensors
 from meshwright.errors import PlanError
 from meshwright.partition.arguments import is_random, writes
 from meshwright.partition.local import KeepSlice
-from meshwright.partition.trace import Guard, Stale, Trace, TracedOp, is_opaque
+from meshwright.partition.trace import Guard, Stale, Trace, TracedOp, is_opaque, set_attribute
 
 
 class Blocks(Protocol):
@@ -85,7 +85,7 @@ class Program:
         for segment in self.segments:
             self._run(segment, values)
         for home, name, value in self.trace.changes:
-            home[name] = value
+            set_attribute(home, name, value)
         return map_tensors(self.trace.outputs, lambda ref: values[ref.number], Ref)
 
     def check(self, leaves: list[Tensor]) -> None:

@@ -437,8 +437,35 @@ def _write_back(found: Trace, before: dict[str, Tensor], after: dict[str, Tensor
 
 
 def plain_attributes(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
-    """Numbers, flags and names that modules hold, on which their Python may depend: (where it is kept, its name, its value)."""
-    return [(vars(module), name, value) for module in model.modules() for name, value in vars(module).items() if is_plain(value)]
+    """Numbers, flags and names that modules hold, alone or in a short list or dict, on which their Python may depend: (where it is
+    kept, its name, its content).
+    """
+    held = ((vars(module), name, content(value)) for module in model.modules() for name, value in vars(module).items())
+    return [found for found in held if found[1] not in _OF_EVERY_MODULE and not isinstance(found[2], type)]
+
+
+def content(value: Any) -> Any:
+    """What a plain value, or a list or dict of such, is compared by; its type for anything else."""
+    if is_plain(value):
+        return value
+    if type(value) in (list, dict) and len(value) <= _SHORT:
+        items = (*value.items(),) if isinstance(value, dict) else (*value,)
+        leaves = [leaf for item in items for leaf in item] if isinstance(value, dict) else items
+        if all(map(is_plain, leaves)):
+            return type(value), items
+    return type(value)
+
+
+def set_attribute(home: dict[str, Any], name: str, value: Any) -> None:
+    """Give a module's attribute a content (see `content`); a list or dict stays the object that others may hold."""
+    if not isinstance(value, tuple):
+        home[name] = value
+        return
+    kind, items = value
+    if type(home.get(name)) is not kind:
+        home[name] = kind()
+    home[name].clear()
+    (home[name].extend if kind is list else home[name].update)(items)
 
 
 def is_plain(value: Any) -> bool:
@@ -453,6 +480,9 @@ def _changes(model: nn.Module, before: list[tuple[dict[str, Any], str, Any]]) ->
 
 
 _MISSING = object()
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_SHORT = 64
+"""Items of a list or dict that is looked at before every call."""
 
 
 def _finish(found: Trace, tracer: _Tracer, output: Any) -> Trace:
