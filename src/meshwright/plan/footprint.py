@@ -188,7 +188,7 @@ def _gathered(plan: Plan, elements: Elements, zero: int, units: bool, compute: f
     if zero == 3 and plan.pp > 1:  # gathered once a step and kept through it
         return (compute + gradient / 8) * elements.total, compute * elements.total
     if units:  # block by block, from the others or from the host; the next one comes ahead
-        return compute * (around + elements.largest_block) + gradient * largest * (zero == 3), compute * around
+        return compute * (around + elements.largest_block) + gradient * largest, compute * around
     if zero == 2:
         return 2 * gradient * max(elements.total / 16, elements.outside / 2), 0.0
     return 0.0, 0.0

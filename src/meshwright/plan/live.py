@@ -106,10 +106,16 @@ def roots(graph: Graph, values: Iterable[int]) -> list[int]:
 
 
 def _last_read(graph: Graph) -> dict[int, int]:
-    """The last kernel that reads each root."""
-    return {
-        root: place for place, kernel in enumerate(graph.kernels) for i in kernel.ops for root in roots(graph, graph.ops[i].inputs)
-    }
+    """The last kernel that reads each root; the backward of an op lets go of what it reads when all of it is over."""
+    over: dict[int, int] = {}
+    for place, kernel in enumerate(graph.kernels):
+        over.update((graph.ops[i].forward_op, place) for i in kernel.ops if i >= graph.n_forward)
+    last: dict[int, int] = {}
+    for place, kernel in enumerate(graph.kernels):
+        for i in kernel.ops:
+            end = over[graph.ops[i].forward_op] if i >= graph.n_forward and graph.ops[i].forward_op >= 0 else place
+            last.update((root, max(end, last.get(root, 0))) for root in roots(graph, graph.ops[i].inputs))
+    return last
 
 
 def _windows(unit: Unit) -> set[int]:
