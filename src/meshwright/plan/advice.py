@@ -33,6 +33,7 @@ SAME: tuple[dict[str, Any], ...] = (
     CHUNKS | TWO_PASSES,
     {"offload": "optimizer:nvme=DIR"},
     ALL,
+    ALL | TWO_PASSES,
     ALL | CHUNKS | TWO_PASSES,
 )
 OTHER: tuple[tuple[str, dict[str, Any]], ...] = (

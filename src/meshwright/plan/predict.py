@@ -231,7 +231,7 @@ class Pricer:
         """Activations on each of `ranks`, with all its micro-batches in flight."""
         stages, units = self.stages(plan), self.units(split)
         budget, away = budget_bytes(plan.recompute), moved(plan.offload, "activations", self.on_host)
-        disk = sum(item.fraction for item in offloads(plan.offload) if item.what == "activations" and item.directory)
+        disk = moved(plan.offload, "activations", on_host=True)
         found = []
         for rank in ranks:
             stage = stages[rank]

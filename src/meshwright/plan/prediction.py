@@ -77,11 +77,11 @@ class Prediction:
         found = []
         if self.device_bytes > self.capacity_bytes:
             more = self.device_bytes - self.capacity_bytes
-            found.append(f"{more / 1e9:,.1f} GB too many for the {self.capacity_bytes / 1e9:,.0f} GB of each device")
+            found.append(f"{_size(more)} too many for the {self.capacity_bytes / 1e9:,.4g} GB of each device")
         if self.host_bytes > self.host_capacity_bytes:
-            more, room = self.host_bytes - self.host_capacity_bytes, f"{self.host_capacity_bytes / 1e9:,.0f} GB of its host"
+            more, room = self.host_bytes - self.host_capacity_bytes, f"{self.host_capacity_bytes / 1e9:,.4g} GB of its host"
             what = f"{self.host_bytes / 1e9:.0f} GB of offloaded states and activations"
-            found.append(f"{more / 1e9:,.1f} GB too many for the {room}, where {what} are to lie: move a part to nvme=DIR")
+            found.append(f"{_size(more)} too many for the {room}, where {what} are to lie: move a part to nvme=DIR")
         return ", and ".join(found)
 
     def __str__(self) -> str:
@@ -90,6 +90,10 @@ class Prediction:
         speed = f"{self.step_seconds:.4g} s a step, {self.tokens_per_second_per_device:,.0f} tokens/s a device, MFU {self.mfu:.1%}"
         memory = f"{gb:.2f} GB live, {self.device_bytes / 1e9:.2f} GB on the device ({fits})"
         return f"{self.plan}: {speed}; {memory}; bound by {self.bound}"
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.1f} MB"
 
 
 def bound(seconds: dict[str, float], step: float) -> str:
