@@ -283,7 +283,11 @@ class Pricer:
 
     def fits(self, needs: Sequence[Need], moments: Sequence[InFlight]) -> bool:
         """Whether some ranks have what they need."""
-        return all(max(self.excess(need, moment)) <= 0 for need, moment in zip(needs, moments, strict=True))
+        for need, moment in zip(needs, moments, strict=True):
+            loss, first, last, after, host = self.excess(need, moment)
+            if loss > 0 or first > 0 or last > 0 or after > 0 or host > 0:
+                return False
+        return True
 
     def excess(self, need: Need, moment: InFlight) -> tuple[float, float, float, float, float]:
         """Bytes too many on a rank's device at the moments of `Need`, then on its host; below 0 where there is room."""

@@ -379,11 +379,12 @@ class _Member:
             loosest = self.pricer.budget(self.held.least, self._kept("none", self.full), self._kept("none", self.split))
             self.budgets = loosest is not None and self._least(loosest) < self.best.worst
         away = max((tail["offload"] for (_, tail), *_ in tails), key=lambda offload: moved(offload, "activations"))
-        moments = self._kept(away, self.split)
-        if self.budgets or self.pricer.fits(self.held.least, moments):
+        if self.budgets:
             return True
-        host = self.pricer.cluster.device.host_memory_bytes  # where it is too small for all activations, they may still stay here
-        return any(each.host > host for each in moments) and self.pricer.fits(self.held.least, self._kept("none", self.split))
+        moments, host = self._kept(away, self.split), self.pricer.cluster.device.host_memory_bytes
+        if any(each.host > host for each in moments):  # they stay; what is alive beside them at the first backward is less then
+            moments = [each._replace(movable=0.0, host=0.0, first=-each.kept) for each in moments]
+        return self.pricer.fits(self.held.least, moments)
 
     def _least(self, recompute: str) -> float:
         """A lower bound of the span under a budget: its busiest rank's time; where that bounds it, with the fill of no recompute.
