@@ -188,16 +188,33 @@ def test_a_fixed_split_is_priced_as_it_says() -> None:
     assert "split=3,1" in str(found.best)
 
 
-def test_what_the_host_cannot_hold_stays_on_the_device() -> None:
+def test_offloaded_activations_are_on_the_host() -> None:
+    """The executor sends all of what blocks save, so a host that can't hold it is too small."""
     cluster = mw.Cluster.parse("8xH100-80GB")
     small = dataclasses.replace(cluster, device=dataclasses.replace(cluster.device, host_memory_bytes=1e9))
     plan = "dp_shard=8 zero=3 precision=bf16"
-    away = f"{plan} offload=activations:cpu"
-    held = [
-        mw.predict(llama(), each, text, 1024).memory_bytes["activations"]
-        for each, text in ((cluster, plan), (cluster, away), (small, away))
-    ]
-    assert held[1] < held[2] == pytest.approx(held[0] - 1e9)
+    here = mw.predict(llama(), cluster, plan, 1024)
+    away = mw.predict(llama(), cluster, f"{plan} offload=activations:cpu", 1024)
+    assert away.host_bytes == pytest.approx(here.memory_bytes["activations"] - away.memory_bytes["activations"])
+    assert away.fits
+    short = mw.predict(llama(), small, f"{plan} offload=activations:cpu", 1024)
+    assert not short.fits
+    assert f"{(away.host_bytes - 1e9) / 1e9:,.1f} GB too many" in str(short)
+    disk = mw.predict(llama(), small, f"{plan} offload=activations:nvme=/scratch@0.75,activations:cpu@0.25", 1024)
+    assert disk.disk_bytes == pytest.approx(0.75 * away.host_bytes)
+    assert disk.host_bytes == pytest.approx(0.25 * away.host_bytes)
+    states = mw.predict(llama(), small, f"{plan} offload=optimizer:nvme=/scratch", 1024)
+    assert states.disk_bytes == pytest.approx(here.memory_bytes["optimizer"])
+    assert states.fits
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much_and_where() -> None:
+    small = "8xH100-80GB,memory=2"
+    found = priced("ddp precision=bf16", small)
+    short = f"{(found.device_bytes - 2e9) / 1e9:,.1f} GB too many for the 2 GB of each device"
+    assert not found.fits
+    assert short in str(found)
+    assert "too many" not in str(priced("ddp precision=bf16"))
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

@@ -13,6 +13,7 @@ import meshwright as mw
 from meshwright.blueprint.record import Blueprint
 from meshwright.plan import pipeline
 from meshwright.plan.predict import Pricer
+from meshwright.plan.prediction import Prediction
 from meshwright.plan.recompute import budget_bytes
 from meshwright.plan.space import Space
 
@@ -30,20 +31,44 @@ def blueprint(kind: str) -> Blueprint:
 
 def brute_force(kind: str, cluster: mw.Cluster, batch: int) -> tuple[int, list[float]]:
     """Price every plan of the space, one by one; the number of plans and the seconds of those that fit, fastest first."""
-    pricer = Pricer.of(blueprint(kind), cluster, "bf16")
-    space = Space(pricer.shape, cluster.devices, batch, "bf16")
+    return enumerated(Pricer.of(blueprint(kind), cluster, "bf16"), cluster.devices, batch, {})
+
+
+def enumerated(pricer: Pricer, devices: int, batch: int, fixed: dict) -> tuple[int, list[float]]:
+    """`brute_force` where fields are held."""
+    space = Space(pricer.shape, devices, batch, "bf16", fixed=tuple(fixed.items()))
     count, seconds = 0, []
     for family in space.families():
         for member in space.members(family):
             count += 1
             plan = mw.Plan.parse(str(space.plan(family, member)))
-            found = pricer.price(plan, batch)
-            if not found.fits and family.recompute == "none" and (less := pricer.budgeted(plan, family.items)) is not None:
+            spared, found = by_trial(pricer, plan, batch) if space.fractions else (False, pricer.price(plan, batch))
+            if spared:
+                continue
+            if not found.fits and space.budgets(family) and (less := pricer.budgeted(plan, family.items)) is not None:
                 found = pricer.price(less, batch)
                 assert found.fits
             if found.fits:
                 seconds.append(found.step_seconds)
     return count, sorted(seconds)
+
+
+def by_trial(pricer: Pricer, plan: mw.Plan, batch: int) -> tuple[bool, Prediction]:
+    """Whether a plan fits that moves one state less; else the first of all hundredths of its last state that fits."""
+    whole = pricer.price(plan, batch)
+    state = next((s for s in ("params", "optimizer") if s in plan.offload), None)
+    if state is None:
+        return False, whole
+    less = ",".join(part for part in plan.offload.split(",") if not part.startswith(state)) or "none"
+    spared, found = by_trial(pricer, dataclasses.replace(plan, offload=less), batch)
+    if spared or found.fits:
+        return True, found
+    for hundredths in range(1, 101) if whole.device_bytes <= whole.capacity_bytes else ():
+        part = plan.offload.replace(f"{state}:cpu", f"{state}:cpu@{hundredths / 100}")
+        found = pricer.price(dataclasses.replace(plan, offload=part), batch)
+        if found.fits:
+            return False, found
+    return False, whole
 
 
 @pytest.mark.parametrize("kind", ["dense", "experts"])
@@ -123,7 +148,7 @@ def test_objectives() -> None:
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"cluster": "1xA100-40GB,memory=2.4", "batch": 8}, "would do"),
+        ({"cluster": "1xA100-40GB,memory=1.7", "batch": 8}, "would do"),
         ({"cluster": "7xH100-80GB", "batch": 5, "fixed": {"tp": 1, "pp": 1, "cp": 1}}, "leave one of them out"),
         ({"cluster": "7xH100-80GB", "batch": 5}, "the nearest that works is 7"),
         ({"cluster": "8xH100-80GB", "batch": 8, "fixed": {"tp": 3}}, "the nearest that works is tp=2"),
@@ -210,16 +235,7 @@ def simulated(times: list[float], m: int) -> float:
 def test_fields_that_are_held_are_priced_as_brute_force_prices_them(fields: dict) -> None:
     """Fields that the search does not vary change what fits, so its bounds must know them."""
     where = mw.Cluster.parse("2xA100-40GB,memory=1.75")
-    pricer = Pricer.of(blueprint("dense"), where, "bf16")
-    space = Space(pricer.shape, 2, 4, "bf16", fixed=tuple(fields.items()))
-    plans = [(family, space.plan(family, member)) for family in space.families() for member in space.members(family)]
-    priced = [pricer.price(mw.Plan.parse(str(plan)), 4) for _, plan in plans]
-    more = [
-        pricer.price(less, 4)
-        for (family, plan), found in zip(plans, priced, strict=True)
-        if not found.fits and space.budgets(family) and (less := pricer.budgeted(plan, family.items)) is not None
-    ]
-    seconds = sorted(found.step_seconds for found in [*priced, *more] if found.fits)
+    _, seconds = enumerated(Pricer.of(blueprint("dense"), where, "bf16"), 2, 4, fields)
     assert seconds
     found = mw.search(blueprint("dense"), where, 4, top=3, fixed=fields)
     assert [c.step_seconds for c in found.candidates] == pytest.approx(seconds[:3])

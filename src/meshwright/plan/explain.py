@@ -27,12 +27,13 @@ def table(found: Search) -> str:
         f"on {cluster}",
         f"{found.objective} of {found.searched:,} plans for a global batch of {found.global_batch:,}, in {found.seconds:.2f} s",
         "",
-        f"{'step s':>9} {'tokens/s/dev':>13} {'MFU':>6} {'live GB':>8} {'device GB':>9}  {'limit':<10} plan",
+        f"{'step s':>9} {'tokens/s/dev':>13} {'MFU':>6} {'live GB':>8} {'device GB':>9} {'host GB':>8}  {'limit':<10} plan",
     ]
     for each in found.candidates:
-        memory = f"{each.memory_bytes['peak'] / 1e9:8.1f} {each.device_bytes / 1e9:9.1f}"
+        memory = f"{each.memory_bytes['peak'] / 1e9:8.1f} {each.device_bytes / 1e9:9.1f} {each.host_bytes / 1e9:8.1f}"
         speed = f"{each.step_seconds:9.4g} {each.tokens_per_second_per_device:13,.0f} {each.mfu:6.1%}"
-        lines.append(f"{speed} {memory}  {each.bound:<10} {each.plan}")
+        disk = f" ({each.disk_bytes / 1e9:,.1f} GB on a disk)" if each.disk_bytes else ""
+        lines.append(f"{speed} {memory}  {each.bound:<10} {each.plan}{disk}")
     lines += ["", "where the time of the best goes: " + shares(found.candidates[0])]
     if found.cluster.device.price:
         dollars = found.candidates[0].price_per_hour * found.candidates[0].step_seconds / 3600
@@ -62,6 +63,8 @@ def itemised(prediction: Prediction) -> str:
     if prediction.host_bytes:
         host = f"{prediction.host_bytes / 1e9:10.3f} GB of {prediction.host_capacity_bytes / 1e9:.1f} for each device"
         lines.append(f"  {'on the host':<20} {host}")
+    if prediction.disk_bytes:
+        lines.append(f"  {'on a disk':<20} {prediction.disk_bytes / 1e9:10.3f} GB for each device")
     lines += ["", "time of a step"]
     for name, seconds in prediction.time_seconds.items():
         lines.append(f"  {name:<20} {seconds * 1e3:10.2f} ms  {seconds / prediction.step_seconds:6.1%}")
@@ -103,7 +106,7 @@ def _micro(plan: Plan, winner: Plan, best: Prediction, batch: int) -> int:
 
 def _against(other: Prediction, best: Prediction) -> str:
     if not other.fits:
-        return f"needs {(other.device_bytes - other.capacity_bytes) / 1e9:,.1f} GB more on each device"
+        return f"does not fit: {other.shortage()}"
     slower = other.step_seconds / best.step_seconds - 1
     part = max(other.time_seconds, key=lambda name: other.time_seconds[name] - best.time_seconds[name])
     more = (other.time_seconds[part] - best.time_seconds[part]) / best.step_seconds

@@ -113,6 +113,8 @@ class States:
     """Parameters gathered, and gradients whole, while the backward of the blocks runs (zero=2 and zero=3)."""
     host: float = 0.0
     """What `offload=` puts in the host's memory."""
+    disk: float = 0.0
+    """What it puts on a disk."""
     awake: float = 0.0
     """Parameters gathered when the loss is computed: what is outside the blocks, and the block that has just run (zero=3)."""
     opened: float = 0.0
@@ -153,10 +155,11 @@ def states(plan: Plan, elements: Elements, width: int, on_host: bool = False) ->
         "params": live * (part if zero == 3 else whole),
         "optimizer": trained * (master + 2 * state) * (part if zero else whole),
     }
-    host = 0.0
+    host = disk = 0.0
     for item in offloads(plan.offload):
         if item.what in kept and (item.directory is not None or not on_host) and (item.what == "optimizer" or units):
             host += 0.0 if item.directory else item.fraction * kept[item.what]
+            disk += item.fraction * kept[item.what] if item.directory else 0.0
     here = {what: nbytes * (1.0 - moved(plan.offload, what, on_host)) for what, nbytes in kept.items()}
     opened = min(opened / (shard if zero >= 2 else 1), gradients)
     block = elements.largest_block
@@ -173,6 +176,7 @@ def states(plan: Plan, elements: Elements, width: int, on_host: bool = False) ->
         optimizer=here["optimizer"],
         gathered=gathered,
         host=host,
+        disk=disk,
         awake=awake,
         opened=opened,
         last=(nearly, gathered - ahead),

@@ -237,6 +237,10 @@ class Offload:
     directory: str | None
     fraction: float
 
+    def __str__(self) -> str:
+        fraction = f"@{self.fraction:.6g}" if self.fraction < 1 else ""
+        return f"{self.what}:{'cpu' if self.directory is None else 'nvme=' + self.directory}{fraction}"
+
 
 @functools.cache
 def moved(text: str, what: str, on_host: bool = False) -> float:

@@ -209,9 +209,13 @@ class Pricer:
         heaviest = max(range(len(found)), key=lambda rank: found[rank][1])
         return *found[heaviest], heaviest
 
-    def host_bytes(self, plan: Plan) -> float:
-        """Bytes of model states that a rank has in its host's memory."""
-        return max(self.states(plan, self.elements(plan, stage)).host for stage in dict.fromkeys(self.stages(plan)))
+    def elsewhere(self, plan: Plan, items: int) -> tuple[float, float]:
+        """Bytes that the rank with the most of them has in its host's memory, and on a disk: model states and activations."""
+        stages, heads = self.stages(plan), self.heads(plan)
+        moments = self.activations(plan, self.split(plan, items), heads)
+        held = [self.states(plan, self.elements(plan, stages[rank])) for rank in heads]
+        host = max(states.host + moment.host for states, moment in zip(held, moments, strict=True))
+        return host, max(states.disk + moment.disk for states, moment in zip(held, moments, strict=True))
 
     def heads(self, plan: Plan) -> list[int]:
         """Of ranks that hold the same, the first: it keeps most micro-batches, so the heaviest rank is one of these."""
@@ -227,6 +231,7 @@ class Pricer:
         """Activations on each of `ranks`, with all its micro-batches in flight."""
         stages, units = self.stages(plan), self.units(split)
         budget, away = budget_bytes(plan.recompute), moved(plan.offload, "activations", self.on_host)
+        disk = moved(plan.offload, "activations", on_host=True)
         found = []
         for rank in ranks:
             stage = stages[rank]
@@ -238,8 +243,8 @@ class Pricer:
             kept = flight * saved + of.ends
             if pipeline.all_forward(plan.schedule, plan.pp):  # every loss is there first, every gradient after one micro-batch
                 loss, first = loss + (flight - 1) * of.ends, first - (0.0 if away else saved)
-            movable = away * max(0.0, kept - min(kept, of.two + of.ends))
-            found.append(InFlight(kept, movable, loss, first, of.last))
+            most = max(0.0, kept - min(kept, of.two + of.ends))
+            found.append(InFlight(kept, away * most, loss, first, of.last, (away - disk) * most, disk * most))
         return found
 
     def _spared(self, budget: int, stage: Stage, full: Units, split: Split, flight: float) -> tuple[float, float]:
@@ -278,13 +283,24 @@ class Pricer:
 
     def fits(self, needs: Sequence[Need], moments: Sequence[InFlight]) -> bool:
         """Whether some ranks have what they need."""
-        capacity, slack = self.cluster.device.memory_bytes, 1 + self.slack
-        for (loss, first, last, after, room), (kept, movable, at_loss, at_first, at_last) in zip(needs, moments, strict=True):
-            here = kept - min(movable, room)
-            worst = max(after, loss + (here + at_loss) * slack, first + (here + at_first) * slack, last + at_last * slack)
-            if room < 0 or worst > capacity:
+        for need, moment in zip(needs, moments, strict=True):
+            loss, first, last, after, host = self.excess(need, moment)
+            if loss > 0 or first > 0 or last > 0 or after > 0 or host > 0:
                 return False
         return True
+
+    def excess(self, need: Need, moment: InFlight) -> tuple[float, float, float, float, float]:
+        """Bytes too many on a rank's device at the moments of `Need`, then on its host; below 0 where there is room."""
+        loss, first, last, after, room = need
+        kept, movable, at_loss, at_first, at_last, host, _ = moment
+        capacity, slack, here = self.cluster.device.memory_bytes, 1 + self.slack, kept - movable
+        return (
+            loss + (here + at_loss) * slack - capacity,
+            first + (here + at_first) * slack - capacity,
+            last + at_last * slack - capacity,
+            after - capacity,
+            host - room,
+        )
 
     def budget(self, needs: Sequence[Need], least: Sequence[InFlight], most: Sequence[InFlight]) -> str | None:
         """`recompute=` with the largest budget (whole MB) that fits every rank, None if none does.
@@ -319,7 +335,7 @@ class Pricer:
 
     def _moments(self, plan: Plan, held: States, moment: InFlight) -> tuple[dict[str, float], float]:
         """What each purpose takes in full, and as the peak the worst of its moments; also that with the allocator's slack."""
-        kept = moment.kept - min(moment.movable, max(0.0, self.cluster.device.host_memory_bytes - held.host))
+        kept = moment.kept - moment.movable
         first = kept + min(0.0, moment.first), max(0.0, moment.first)
         moving = (kept, moment.loss), first, (0.0, moment.last), (0.0, 0.0)
         beside = self._beside(plan, held)
@@ -499,7 +515,7 @@ class Pricer:
         flops = shape.flops[0] + shape.flops[1] * batch
         on_device = reserved + outside_allocator(plan, self.kernels)
         peak = device.peak_flops("float8" if plan.precision == "fp8" else {"fp32": "float32"}.get(plan.precision, "bfloat16"))
-        on_host = self.host_bytes(plan)
+        on_host, on_disk = self.elsewhere(plan, items)
         fits = on_device <= device.memory_bytes and on_host <= device.host_memory_bytes
         return Prediction(
             plan=str(plan),
@@ -517,6 +533,7 @@ class Pricer:
             device_bytes=on_device,
             capacity_bytes=float(device.memory_bytes),
             host_bytes=on_host,
+            disk_bytes=on_disk,
             host_capacity_bytes=float(device.host_memory_bytes),
             bound="memory" if not fits else bound(seconds, step),
             price_per_hour=devices * device.price,

@@ -19,7 +19,8 @@ class Prediction:
     `memory_bytes` are bytes of live tensors by purpose, and `peak` those of the worst moment: their sum, or less where they are not
     all there at once (the first gradients may come when most activations have gone). `reserved_bytes` adds the allocator's slack,
     `device_bytes` also what no tensor owns (context, communicators): `fits` compares that with the device, and
-    `host_bytes` (offloaded states) with the device's share of its host's memory.
+    `host_bytes` (offloaded states and activations) with the device's share of its host's memory. `disk_bytes` are those that lie
+    on a disk.
     `time_seconds` sums to `step_seconds`. Model FLOPs are those of one forward and backward as captured (attention over the whole
     square), hardware FLOPs what is run with recompute and causal attention halved. `bound` names what limits the plan.
     """
@@ -39,6 +40,7 @@ class Prediction:
     device_bytes: float = 0.0
     capacity_bytes: float = 0.0
     host_bytes: float = 0.0
+    disk_bytes: float = 0.0
     host_capacity_bytes: float = 0.0
     bound: str = ""
     price_per_hour: float = 0.0
@@ -67,18 +69,31 @@ class Prediction:
             "bound": self.bound,
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
+            "disk_bytes": self.disk_bytes,
         }
+
+    def shortage(self) -> str:
+        """How many bytes are too many, and where; empty for a plan that fits."""
+        found = []
+        if self.device_bytes > self.capacity_bytes:
+            more = self.device_bytes - self.capacity_bytes
+            found.append(f"{_size(more)} too many for the {self.capacity_bytes / 1e9:,.4g} GB of each device")
+        if self.host_bytes > self.host_capacity_bytes:
+            more, room = self.host_bytes - self.host_capacity_bytes, f"{self.host_capacity_bytes / 1e9:,.4g} GB of its host"
+            what = f"{self.host_bytes / 1e9:.0f} GB of offloaded states and activations"
+            found.append(f"{_size(more)} too many for the {room}, where {what} are to lie: move a part to nvme=DIR")
+        return ", and ".join(found)
 
     def __str__(self) -> str:
         gb = self.memory_bytes["peak"] / 1e9
-        short = f"does not fit in {self.capacity_bytes / 1e9:.0f} GB"
-        if self.device_bytes <= self.capacity_bytes:
-            room = f"{self.host_capacity_bytes / 1e9:.0f} GB of its host"
-            short = f"fits there, but its {self.host_bytes / 1e9:.0f} GB of offloaded states do not in {room}: offload to nvme=DIR"
-        fits = "fits" if self.fits else short
+        fits = "fits" if self.fits else f"does not fit: {self.shortage()}"
         speed = f"{self.step_seconds:.4g} s a step, {self.tokens_per_second_per_device:,.0f} tokens/s a device, MFU {self.mfu:.1%}"
         memory = f"{gb:.2f} GB live, {self.device_bytes / 1e9:.2f} GB on the device ({fits})"
         return f"{self.plan}: {speed}; {memory}; bound by {self.bound}"
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.1f} MB"
 
 
 def bound(seconds: dict[str, float], step: float) -> str:

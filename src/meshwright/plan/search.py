@@ -7,7 +7,6 @@ of brute force (tests hold it to that). Every rejection keeps its reason and how
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import heapq
 import time
@@ -20,18 +19,18 @@ from meshwright.cluster import Cluster
 from meshwright.errors import ConfigError, PlanError
 from meshwright.pause import uncollected
 from meshwright.plan import pipeline
-from meshwright.plan.footprint import Elements
-from meshwright.plan.plan import Plan, moved
+from meshwright.plan.footprint import Elements, States
+from meshwright.plan.fractions import SPARED, least, lighter, model_states, open_state, settle
+from meshwright.plan.plan import AUTO, Plan, moved
 from meshwright.plan.predict import Pricer
 from meshwright.plan.prediction import Prediction
-from meshwright.plan.space import LARGEST_MICRO_BATCH, Family, Space, divisors
+from meshwright.plan.space import LARGEST_MICRO_BATCH, Family, Space, altered, divisors
+from meshwright.plan.storage import refuse_contradictions
 from meshwright.plan.suited import check_subjects
 from meshwright.plan.time import Split
 from meshwright.plan.units import Base, InFlight, Need
 
 OBJECTIVES = ("fastest", "cheapest", "smallest", "longest")
-PATIENCE_S = 2.0
-"""Seconds spent at most to find a cluster that would do, when the one at hand does not."""
 MEMORY = "does not fit in memory"
 SLOWER = "slower than the plans kept, by a bound"
 
@@ -124,7 +123,9 @@ def search(
     if (chosen is None or not chosen[1].kept) and not advise:
         raise PlanError("nothing fits")
     if chosen is None or not chosen[1].kept:
-        raise PlanError(_nothing(blueprint, cluster, global_batch, precision, compiled, fixed, accepts, found))
+        from meshwright.plan.advice import nothing  # it searches by calling this
+
+        raise PlanError(nothing(blueprint, cluster, global_batch, precision, compiled, fixed or {}, accepts))
     each, best = chosen
     return Search(
         model=_model(blueprint, best.pricer, precision),
@@ -149,6 +150,8 @@ def _check(objective: str, precision: str, top: int, fixed: dict[str, Any] | Non
     for name in fixed or {}:
         if name not in known:
             raise ConfigError(f"a plan has no field {name!r} to hold fixed: its fields are {', '.join(sorted(known))}")
+    held = {name: value for name, value in (fixed or {}).items() if name in ("zero", "offload", "master", "update", "clip", "pp")}
+    refuse_contradictions(dataclasses.replace(Plan(precision=precision, microbatches=AUTO), **held))
 
 
 def _sizes(cluster: Cluster) -> list[Cluster]:
@@ -182,10 +185,10 @@ def _model(blueprint: Blueprint, pricer: Pricer, precision: str) -> dict[str, An
 
 @dataclass
 class _Held:
-    """Model states on ranks that may be the heaviest: their elements, `Pricer.needs` by tail's place, and the least of these."""
+    """Model states on ranks that may be the heaviest: elements, needs by tail's place and offload, and the least of these."""
 
     elements: list[Elements]
-    needs: dict[int, list[Need]] = field(default_factory=dict)
+    needs: dict[tuple[int, str], list[Need]] = field(default_factory=dict)
     least: list[Need] = field(default_factory=list)
 
 
@@ -200,10 +203,11 @@ class _Best:
         self.priced = 0
         self.capacity = pricer.cluster.device.memory_bytes
         self._known_schedules: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        self._known_tails: dict[int, list[list[Tail]]] = {}
+        self._known_tails: dict[tuple[int, bool], list[list[Tail]]] = {}
         self._totals: dict[tuple[int, int], float] = {}
         self._known_held: dict[Any, _Held] = {}
         self._known_needs: dict[Any, Need] = {}
+        self._known_states: dict[Any, States] = {}
 
     def run(self) -> None:
         """Visit every family, the most promising first; its bound is sharpened when it first comes up."""
@@ -249,11 +253,16 @@ class _Best:
             self._known_schedules[key] = self.space.schedules(*key)
         return self._known_schedules[key]
 
-    def need(self, plan: Plan, key: tuple[Any, ...], elements: Elements) -> Need:
-        """`Pricer.needs` of a rank; `key` is what it depends on besides its elements, which live as long as the pricer."""
-        found = self._known_needs.get((id(elements), key))
+    def need(self, plan: Plan, offload: str, key: tuple[Any, ...], elements: Elements) -> Need:
+        """`Pricer.needs` of a rank; `key` is what it depends on besides offload and elements, which live as the pricer does."""
+        at = id(elements), key, offload
+        found = self._known_needs.get(at)
         if found is None:
-            found = self._known_needs[id(elements), key] = self.pricer.needs(plan, self.pricer.states(plan, elements))
+            tried = altered(plan, offload=offload)
+            held = id(elements), key, model_states(offload)
+            if held not in self._known_states:
+                self._known_states[held] = self.pricer.states(tried, elements)
+            found = self._known_needs[at] = self.pricer.needs(tried, self._known_states[held])
         return found
 
     def _tails(self, family: Family) -> list[list[Tail]]:
@@ -262,12 +271,13 @@ class _Best:
         More shards never hold more, so where one of a list does not fit, nor do those after it. No shards is apart: it takes one
         communicator less.
         """
-        if family.data not in self._known_tails:
+        key = (family.data, family.pp == 1)
+        if key not in self._known_tails:
             lists: dict[Any, list[Tail]] = {}
-            for place, tail in enumerate(self.space.tails(family.data)):
+            for place, tail in enumerate(self.space.tails(family)):
                 lists.setdefault((tail["zero"], tail["offload"], tail["dp_shard"] > 1), []).append((place, tail))
-            self._known_tails[family.data] = [sorted(each, key=lambda entry: -entry[1]["dp_shard"]) for each in lists.values()]
-        return self._known_tails[family.data]
+            self._known_tails[key] = [sorted(each, key=lambda entry: -entry[1]["dp_shard"]) for each in lists.values()]
+        return self._known_tails[key]
 
     def _count(self, family: Family) -> int:
         return len(self._schedules(family)) * sum(map(len, self._tails(family)))
@@ -303,7 +313,7 @@ class _Best:
         if key not in self._totals:
             shape = self.pricer.shape
             self._totals[key] = sum(sum(kind.weights.local(*key)) * shape.calls.count(i) for i, kind in enumerate(shape.kinds))
-        return self._totals[key] / family.pp / max(1, family.data * family.cp) * self.space.least_width
+        return self._totals[key] / family.pp / max(1, family.data * family.cp) * self.space.least_width(family.pp)
 
     def _visit(self, family: Family, order: int) -> None:
         """Price the members of a family, a schedule at a time: by the time of the busiest rank, by memory, then one by one."""
@@ -358,9 +368,10 @@ class _Member:
     def may_fit(self, tails: Sequence[Sequence[Tail]]) -> bool:
         """Whether the least of each kind of bytes that any tail holds would fit together."""
         if not self.held.least:
-            best = max((tail["offload"] for (_, tail), *_ in tails), key=lambda o: moved(o, "optimizer") + moved(o, "params"))
-            lean = [tail for alike in tails for tail in alike[:1] if tail[1]["offload"] == best]  # moving away never adds
-            needs = [self._needs(place, self.best.space.plan(self.family, self.schedule | tail)) for place, tail in lean]
+            most = max(moved(tail["offload"], "optimizer") for (_, tail), *_ in tails)
+            lean = [entry for entry, *_ in tails if moved(entry[1]["offload"], "optimizer") == most]  # moving away never adds
+            plans = [(place, self.best.space.plan(self.family, self.schedule | tail)) for place, tail in lean]
+            needs = [self._needs(place, plan, plan.offload) for place, plan in plans]
             for each in zip(*needs, strict=True):
                 least = Need(*map(min, zip(*each, strict=True)))
                 self.held.least.append(least._replace(room=self.pricer.cluster.device.host_memory_bytes))
@@ -368,7 +379,12 @@ class _Member:
             loosest = self.pricer.budget(self.held.least, self._kept("none", self.full), self._kept("none", self.split))
             self.budgets = loosest is not None and self._least(loosest) < self.best.worst
         away = max((tail["offload"] for (_, tail), *_ in tails), key=lambda offload: moved(offload, "activations"))
-        return self.budgets or self.pricer.fits(self.held.least, self._kept(away, self.split))
+        if self.budgets:
+            return True
+        moments, host = self._kept(away, self.split), self.pricer.cluster.device.host_memory_bytes
+        if any(each.host > host for each in moments):  # they stay; what is alive beside them at the first backward is less then
+            moments = [each._replace(movable=0.0, host=0.0, first=-each.kept) for each in moments]
+        return self.pricer.fits(self.held.least, moments)
 
     def _least(self, recompute: str) -> float:
         """A lower bound of the span under a budget: its busiest rank's time; where that bounds it, with the fill of no recompute.
@@ -385,16 +401,19 @@ class _Member:
         """Offer each plan that fits and may be among the best; the first that does not fit stands for those after it."""
         for index, (place, tail) in enumerate(tails):
             plan = self.best.space.plan(self.family, self.schedule | tail)
-            needs = self._needs(place, plan)
-            kept = self._kept(plan.offload, self.split)
-            recompute = plan.recompute if self.pricer.fits(needs, kept) else self._budget(needs, plan)
-            if recompute is None:
+            if not self.budgets and plan.recompute in self._bases and self._bases[plan.recompute].span >= self.best.worst:
+                self.best.reject(SLOWER, len(tails) - index)
+                return
+            fields = self._settled(place, plan)
+            if fields is None:
                 self.best.reject(MEMORY, len(tails) - index)
                 return
-            split = self.split
-            if recompute != plan.recompute:
-                plan = self.best.space.plan(self.family, self.schedule | tail | {"recompute": recompute})
-                split = self.full
+            if fields.get("offload") == SPARED:
+                self.best.reject(SPARED, 1)
+                continue
+            split = self.full if "recompute" in fields else self.split
+            if fields:
+                plan = self.best.space.plan(self.family, self.schedule | tail | fields)
             if split is self.full and self._least(plan.recompute) >= self.best.worst:
                 self.best.reject(SLOWER, len(tails) - index)
                 return
@@ -409,12 +428,34 @@ class _Member:
             self._bases[plan.recompute] = self.pricer.base(plan, split)
         return self._bases[plan.recompute]
 
-    def _needs(self, place: int, plan: Plan) -> list[Need]:
-        if place not in self.held.needs:
+    def _settled(self, place: int, plan: Plan) -> dict[str, str] | None:
+        """What to change in a plan so that it fits: how much it moves, or its recompute; None if nothing does.
+
+        Its offload becomes `SPARED` where it fits with less moved than its least, so that another plan is the better one.
+        """
+
+        def needs(text: str) -> list[Need]:
+            return self._needs(place, plan, text)
+
+        kept = self._kept(plan.offload, self.split)
+        if not self.best.space.fractions or open_state(plan.offload) is None:
+            if self.pricer.fits(needs(plan.offload), kept):
+                return {}
+        elif settle(lighter(plan.offload), needs, kept, self.pricer):
+            return {"offload": SPARED}
+        elif text := least(plan.offload, needs, kept, self.pricer):
+            return {"offload": text}
+        recompute = self._budget(needs(plan.offload), plan)
+        return None if recompute is None else {"recompute": recompute}
+
+    def _needs(self, place: int, plan: Plan, offload: str) -> list[Need]:
+        """What the ranks need besides activations where `offload` is moved; `place` is the tail's."""
+        at = place, offload
+        if at not in self.held.needs:
             data = (plan.shards, plan.dp_shard > 1, plan.dp_replicate, plan.cp > 1)
-            key = (*data, plan.zero, plan.offload, plan.microbatches == 1)
-            self.held.needs[place] = [self.best.need(plan, key, each) for each in self.held.elements]
-        return self.held.needs[place]
+            key = (*data, plan.zero, plan.microbatches == 1)
+            self.held.needs[at] = [self.best.need(plan, offload, key, each) for each in self.held.elements]
+        return self.held.needs[at]
 
     def _kept(self, offload: str, split: Split) -> list[InFlight]:
         """Activations on the ranks that may be the heaviest (see `Pricer.activations`)."""
@@ -429,90 +470,3 @@ class _Member:
         if not self.budgets or moved(plan.offload, "activations"):
             return None
         return self.pricer.budget(needs, self._kept("none", self.full), self._kept("none", self.split))
-
-
-def _nothing(
-    blueprint: Blueprint,
-    cluster: Cluster,
-    global_batch: int,
-    precision: str,
-    compiled: bool,
-    fixed: dict[str, Any] | None,
-    accepts: Callable[[Plan], bool] | None,
-    found: Sequence[tuple[Cluster, Any]],
-) -> str:
-    """Why there is no plan, and the nearest thing that works."""
-    pricer = Pricer.of(blueprint, cluster, precision, compiled)
-    space = Space(
-        pricer.shape, cluster.devices, global_batch, precision, compiled, tuple((fixed or {}).items()), accepts, pricer.on_host
-    )
-    if not any(space.families()):
-        held = " ".join(f"{name}={value}" for name, value in (fixed or {}).items())
-        if held:
-            works = _nearest(space, fixed or {})
-            return f"no plan has {held} with {cluster.devices} devices and global_batch={global_batch}: {works}"
-        near = max(cluster.devices, round(global_batch / cluster.devices) * cluster.devices)
-        return f"no data axis of {cluster.devices} devices divides global_batch={global_batch}: the nearest that works is {near}"
-    here = f"{blueprint.model} does not fit on {cluster.devices} x {cluster.device.name}"
-    began = time.perf_counter()
-
-    def attempt(where: Cluster, held: dict[str, Any]) -> Search | None:
-        """The best plan there; with the nearest global batch that its devices divide where none has this one."""
-        near = max(1, round(global_batch / where.devices)) * where.devices
-        for batch in dict.fromkeys((global_batch, near)):
-            with contextlib.suppress(PlanError):
-                return search(
-                    blueprint, where, batch, precision, top=1, compiled=compiled, fixed=held, accepts=accepts, advise=False
-                )
-        return None
-
-    would = []
-    if "offload" not in (fixed or {}) and not pricer.on_host:
-        moved_all = attempt(cluster, (fixed or {}) | {"offload": "optimizer:cpu,params:cpu,activations:cpu"})
-        if moved_all is not None and moved_all.global_batch == global_batch:
-            would.append(f"here {moved_all.best}")
-    larger = _smallest(cluster, lambda where: attempt(where, fixed or {}), began)
-    if larger is not None:
-        beside = f" (with global_batch={larger.global_batch})" if larger.global_batch != global_batch else ""
-        would.append(f"{larger.cluster.text or larger.cluster.devices}{beside} as {larger.best}")
-    if not would:
-        return f"{here}, nor on any number of them that was tried: use devices with more memory"
-    return f"{here}: {', or '.join(would)} would do"
-
-
-def _nearest(space: Space, fixed: dict[str, Any]) -> str:
-    """The nearest value of one held field that works with the others."""
-    for name, value in fixed.items():
-        others = tuple((other, each) for other, each in fixed.items() if other != name)
-        if name not in {f.name for f in dataclasses.fields(Family)} or not isinstance(value, int):
-            continue
-        values = {getattr(family, name) for family in replace(space, fixed=others).families()}
-        if values:
-            return f"the nearest that works is {name}={min(values, key=lambda each: (abs(each - value), each))}"
-    return "leave one of them out"
-
-
-def _smallest(cluster: Cluster, attempt: Callable[[Cluster], Search | None], began: float) -> Search | None:
-    """The smallest cluster that was found to do: by doubling, then between the last that does not and the first that does."""
-    sizes: list[Cluster] = []
-    for factor in (2, 4, 8, 16, 32, 64, 128, 256):
-        sizes.append(cluster.resized(cluster.nodes * factor) if cluster.nodes > 1 else _grown(cluster, factor))
-    least, found = cluster, None
-    for where in sizes:
-        if time.perf_counter() - began > PATIENCE_S:
-            return None
-        found = attempt(where)
-        if found is not None:
-            break
-        least = where
-    while found is not None and found.cluster.nodes - least.nodes > 1 and time.perf_counter() - began < PATIENCE_S:
-        between = found.cluster.resized((found.cluster.nodes + least.nodes) // 2)
-        again = attempt(between)
-        found, least = (again, least) if again is not None else (found, between)
-    return found
-
-
-def _grown(cluster: Cluster, factor: int) -> Cluster:
-    """A single node grows to eight devices before there are more of it."""
-    each = min(max(8, cluster.per_node), cluster.per_node * factor)
-    return cluster.resized(max(1, cluster.per_node * factor // each), each)

@@ -13,11 +13,11 @@ from functools import cached_property
 from typing import Any
 
 from meshwright.plan import pipeline
+from meshwright.plan.fractions import WAYS, ways
 from meshwright.plan.plan import Plan, moved
 from meshwright.plan.profile import Profile
 
 RECOMPUTE = ("none", "selective", "full")
-OFFLOAD = ("none", "optimizer:cpu", "activations:cpu", "optimizer:cpu,activations:cpu")
 SCHEDULES = ("1f1b", "zero_bubble", "zbv", "dualpipev", "interleaved")
 LARGEST_TP = 64
 LARGEST_CP = 64
@@ -61,12 +61,20 @@ class Space:
         """Every field of a plan before a family and a member set theirs."""
         return _DEFAULTS | dict(self.fixed) | {"precision": self.precision, "compile": self.compiled}
 
-    @property
-    def least_width(self) -> int:
+    @cached_property
+    def fractions(self) -> bool:
+        """Whether the search says how much is offloaded; else all plans have what is asked for."""
+        return "offload" not in dict(self.fixed)
+
+    def least_width(self, pp: int) -> int:
         """Bytes of each parameter's weight and gradient together that no plan does without, were all of it sharded."""
+        full = (self._base["update"], self._base["master"]) == ("step", "fp32")
         if moved(str(self._base["offload"]), "params"):
             return 0
-        return 4 if (self._base["update"], self._base["master"]) == ("step", "fp32") else 2
+        if self.fractions and pp == 1 and not self.on_host:  # weights may be elsewhere, gradients are here
+            frozen = any(unit.weights.frozen for unit in (*self.shape.kinds, self.shape.before, self.shape.after))
+            return 0 if frozen or self._base["update"] != "step" else 4 if full else 2
+        return 4 if full else 2
 
     def families(self) -> Iterator[Family]:
         """Every family that is legal for the model, the devices and the batch."""
@@ -92,7 +100,7 @@ class Space:
 
     def members(self, family: Family) -> list[dict[str, Any]]:
         """The plans of a family, as the fields in which they differ: every schedule with every tail."""
-        return [schedule | tail for schedule in self.schedules(family.pp, family.micro) for tail in self.tails(family.data)]
+        return [schedule | tail for schedule in self.schedules(family.pp, family.micro) for tail in self.tails(family)]
 
     def budgets(self, family: Family) -> bool:
         """Whether plans of a family that don't fit may recompute by a budget instead of not at all."""
@@ -102,10 +110,20 @@ class Space:
     def _takes_budgets(self) -> bool:
         return "recompute" not in dict(self.fixed) and self.shape.mode != "fused" and self._runs({"recompute": "budget=1G"})
 
-    def tails(self, data: int) -> list[dict[str, Any]]:
-        """What is done with `data` ranks of the data axes, and what is offloaded."""
-        offloads = self._free("offload", [o for o in OFFLOAD if not self.on_host or o == "none"])
-        return [way | {"offload": offload} for way in self.data_axes(data) for offload in offloads]
+    def tails(self, family: Family) -> list[dict[str, Any]]:
+        """What is done with the ranks of the data axes, and what is offloaded; how much of it, `fractions.py` says."""
+        found = []
+        for way in self.data_axes(family.data):
+            degrees = family.pp, way["dp_shard"], way["zero"], self.devices
+            found += [way | {"offload": offload} for offload in self._offloads(*degrees)]
+        return found
+
+    def _offloads(self, pp: int, dp_shard: int, zero: int, devices: int) -> list[str]:
+        if self.on_host and self.fractions:
+            return self._free("offload", ["none"])
+        every = ways(pp, dp_shard, zero, devices)
+        taken = self._free("offload", list(every))
+        return taken if len(every) > len(WAYS) else [way for way in taken if not moved(way, "params")]
 
     def data_axes(self, data: int) -> list[dict[str, Any]]:
         """Ways to split the data ranks: replicas times shards, and what the shards divide."""
@@ -187,11 +205,20 @@ class Space:
 
     def _depths(self, inner: int) -> list[int]:
         layers = len(self.shape.calls)
+        if self._base["update"] == "backward" or moved(str(self._base["offload"]), "params"):
+            return [1]  # no pipeline runs with these (`storage.py`)
         return [p for p in divisors(self.devices // inner) if p == 1 or (p <= layers and self.shape.boundaries)]
 
     def _experts(self, tp: int, cp: int, data: int) -> list[int]:
         experts = self.shape.n_experts
         return [e for e in divisors(experts) if (data * tp * cp) % e == 0 and e <= data] if experts else [1]
+
+
+def altered(plan: Plan, **fields: Any) -> Plan:
+    """A plan with other values that are known to be right: `dataclasses.replace` without the checks, which a search would feel."""
+    made: Plan = object.__new__(Plan)
+    made.__dict__.update(plan.__dict__, **fields)
+    return made
 
 
 _DEFAULTS = dataclasses.asdict(Plan())

@@ -8,8 +8,7 @@ from meshwright.plan.plan import Plan, offloads
 
 def refuse_contradictions(plan: Plan) -> None:
     """Raise `PlanError` for a resolved plan whose fields contradict each other on any machine."""
-    alone = plan.shards == 1 and plan.degree_product() > 1
-    if any(item.what == "params" for item in offloads(plan.offload)) and (plan.zero != 3 or alone or plan.pp != 1):
+    if any(item.what == "params" for item in offloads(plan.offload)) and refuses_params(plan):
         raise PlanError("offload=params takes parameters that are sharded in units: use dp_shard=N zero=3, or one rank, and pp=1")
     if plan.master != "fp32" and plan.precision != "bf16":
         raise PlanError(f"master={plan.master} keeps bfloat16 weights: add precision=bf16, or leave master out")
@@ -23,3 +22,9 @@ def refuse_contradictions(plan: Plan) -> None:
         raise PlanError(
             "update=backward: precision=fp16 looks at all gradients before the first update: use bf16, or clip=two_pass"
         )
+
+
+def refuses_params(plan: Plan) -> bool:
+    """Whether a resolved plan's parameters can't be moved: they are not in units that one rank holds, or that ranks share."""
+    alone = plan.shards == 1 and plan.degree_product() > 1
+    return plan.zero != 3 or alone or plan.pp != 1

@@ -26,8 +26,8 @@ class Need(NamedTuple):
 
 
 class InFlight(NamedTuple):
-    """Bytes kept for backward and how many of these may leave; those beyond them at the loss and at the first of the blocks'
-    backwards, and all there are at the last.
+    """Bytes kept for backward and how many of these leave; those beyond them at the loss and at the first of the blocks'
+    backwards, and all there are at the last. Of those that leave, how many go to the host and to a disk.
     """
 
     kept: float
@@ -35,6 +35,8 @@ class InFlight(NamedTuple):
     loss: float
     first: float
     last: float
+    host: float
+    disk: float
 
 
 class Kept(NamedTuple):
