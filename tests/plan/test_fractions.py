@@ -138,7 +138,7 @@ def test_what_would_do_is_predicted_to_fit(memory: float, host: float) -> None:
 
 
 def test_hosts_are_filled_before_disks() -> None:
-    where = cluster("1xA100-40GB,memory=2.1", 0.3e9)
+    where = cluster("1xA100-40GB,memory=2.3", 0.3e9)
     pricer = Pricer.of(blueprint("wide"), where, "bf16")
     plan = Plan.parse("precision=bf16 recompute=full update=backward offload=optimizer:nvme=/x,params:nvme=/x")
     spread = onto_disk(pricer, plan, 8)
