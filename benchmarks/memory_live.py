@@ -3,11 +3,11 @@
     python benchmarks/memory_live.py --directory /scratch                # a GPT under 216 combinations, two models under fewer
     python benchmarks/memory_live.py --model llama --stages zero3
 
-Every combination trains three steps on local ranks. glibc counts the bytes in use, whichever thread frees them (`mallinfo2`), and
-Python's own objects are not among them. It is read after every op of the third step (a dispatch mode sees them all), so temporaries
-inside one op are left out, as they are in the prediction. The first plan of a process is run twice: libraries allocate for good
-when they are first used. (16-bit computing is left out: on a CPU the planner halves what autocast keeps in float32. The bytes of
-16-bit states and masters are held by tests/parallel/test_memory.py.)
+Every combination trains three steps on local ranks. glibc counts the bytes in use, whichever thread frees them (`mallinfo2`). It is
+read after every op of the third step (a dispatch mode sees them all), so temporaries inside one op are left out, as they are in the
+prediction. What it counts between steps beyond the tensors there are (graphs, records, torch's objects: 1 to 2 MB) is taken off. The
+first plan of a process is run twice: libraries allocate for good when they are first used. (16-bit computing is left out: on a CPU
+the planner halves what autocast keeps in float32. The bytes of 16-bit states and masters are held by tests/parallel/test_memory.py.)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 import torch.distributed as dist
 from common import REPOSITORY, record, run_ranks, table, write_json
-from planner_local import MODELS
+from planner_local import MODELS, held
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import meshwright as mw
@@ -52,7 +52,7 @@ def plans(stage: str, directory: str, brief: bool) -> Iterator[str]:
         if (units and stage not in ("single", "zero3")) or (brief and (states not in ("", STATES[-1]) or len(offload) == 1)):
             continue
         moved = "offload=" + ",".join(f"{what}:nvme={directory}" for what in offload) if offload else ""
-        yield " ".join(item for item in (stage, "zero=3" * units, recompute, moved, states) if item)
+        yield " ".join(item for item in (stage, "zero=3" * (units and stage == "single"), recompute, moved, states) if item)
 
 
 class _Counts(ctypes.Structure):
@@ -96,7 +96,7 @@ def measure(name: str, text: str) -> list[float]:
     plan = mw.Plan.parse(text, ranks)
     batch = model.batch(ROWS // (plan.dp_replicate * plan.dp_shard))
     peak = Peak()
-    before = peak.settled()
+    before, tensors = peak.settled(), held()
     engine = mw.parallelize(
         model.build(),
         plan,
@@ -106,10 +106,10 @@ def measure(name: str, text: str) -> list[float]:
     )
     for _ in range(2):
         engine.step(batch)
-    between = peak.settled()
+    between, tensors = peak.settled(), held() - tensors
     with peak:
         engine.step(batch)
-    found = torch.tensor([between - before, peak.most - before], dtype=torch.float64)
+    found = torch.tensor([tensors, tensors + peak.most - between], dtype=torch.float64)
     if ranks > 1:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return found.tolist()

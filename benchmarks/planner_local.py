@@ -192,7 +192,7 @@ def _measured(model: Model, text: str, rows: int) -> dict[str, Any]:
     plan = mw.Plan.parse(text, ranks)
     share = rows // (plan.dp_replicate * plan.dp_shard)
     batch = model.batch(share)
-    before = _held()
+    before = held()
     engine = mw.parallelize(
         model.build(),
         plan,
@@ -213,13 +213,13 @@ def _measured(model: Model, text: str, rows: int) -> dict[str, Any]:
         if ranks > 1:
             dist.all_reduce(took, op=dist.ReduceOp.MAX)
         times.append(took.item())
-    peak = torch.tensor(_held() - before + _allocated(lambda: engine.step(batch)), dtype=torch.float64)
+    peak = torch.tensor(held() - before + _allocated(lambda: engine.step(batch)), dtype=torch.float64)
     if ranks > 1:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     return {"seconds": statistics.median(times), "steps": len(times), "bytes": peak.item()}
 
 
-def _held() -> int:
+def held() -> int:
     """Bytes of all tensors that Python can reach, each storage once."""
     gc.collect()
     storages = {}
