@@ -4,10 +4,11 @@
     python benchmarks/memory_live.py --model llama --stages zero3
 
 Every combination trains three steps on local ranks. glibc counts the bytes in use, whichever thread frees them (`mallinfo2`). It is
-read after every op of the third step (a dispatch mode sees them all), so temporaries inside one op are left out, as they are in the
-prediction. What it counts between steps beyond the tensors there are (graphs, records, torch's objects: 1 to 2 MB) is taken off. The
-first plan of a process is run twice: libraries allocate for good when they are first used. (16-bit computing is left out: on a CPU
-the planner halves what autocast keeps in float32. The bytes of 16-bit states and masters are held by tests/parallel/test_memory.py.)
+read after every op of the third step (a dispatch mode sees them all), so temporaries inside one op are left out, as they are in
+the prediction. What it counts between steps beyond the tensors there are (graphs, records, torch's objects: 1 to 2 MB) is taken
+off. The first plan of a process is run twice: libraries allocate for good when they are first used. (16-bit computing is left out:
+on a CPU the planner halves what autocast keeps in float32. The bytes of 16-bit states and masters are held by
+tests/parallel/test_memory.py.)
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def measure(name: str, text: str) -> list[float]:
     plan = mw.Plan.parse(text, ranks)
     batch = model.batch(ROWS // (plan.dp_replicate * plan.dp_shard))
     peak = Peak()
-    before, tensors = peak.settled(), held()
+    peak.settled()
+    tensors = held()
     engine = mw.parallelize(
         model.build(),
         plan,
