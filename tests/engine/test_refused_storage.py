@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,10 +84,14 @@ def full_disk(folder: str) -> str:
     shelf = engine.bound.shelf  # type: ignore[union-attr]
     disk = next(iter(shelf._disks.values()))
 
-    def refuse(*_: object) -> None:
-        raise OSError(28, os.strerror(28))
+    move = disk._whole
 
-    disk._write_block = refuse
+    def refuse(call: Any, *where: int) -> None:
+        if call is os.pwritev:
+            raise OSError(28, os.strerror(28))
+        move(call, *where)
+
+    disk._whole = refuse
     try:
         for _ in range(3):
             engine.step(torch.ones(2, 8))
