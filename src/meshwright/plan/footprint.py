@@ -30,7 +30,7 @@ class UnitBytes:
     @property
     def working(self) -> float:
         """Alive for a moment in the worse pass."""
-        return max(self.forward, self.backward)
+        return self.forward if self.forward > self.backward else self.backward
 
 
 def unit_bytes(unit: UnitProfile, split: Split, element: float) -> UnitBytes:

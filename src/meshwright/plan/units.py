@@ -110,26 +110,34 @@ class Units:
 
     def keep(self, stage: Stage) -> Kept:
         """`saved` of a stage."""
-        if id(stage) not in self.saved:
-            *blocks, before, after = self.sizes
-            kept = sum(count * size.kept for size, count in zip(blocks, stage.kinds, strict=True) if count)
-            here = [size for size, count in zip(blocks, stage.kinds, strict=True) if count]
-            outside = before.kept if stage.before else 0.0
-            worst = []
-            for size, count, later in zip(blocks, stage.kinds, stage.later, strict=True):
-                if count:
-                    freed = sum(number * other.kept for other, number in zip(blocks, later, strict=True) if number)
-                    worst.append(size.working - freed)
-            if stage.before:
-                worst.append(before.working - kept)
-            ends, loss, gone = (after.kept, after.working, after.ends) if stage.after else (0.0, 0.0, 0.0)
-            self.saved[id(stage)] = Kept(
-                saved=kept + outside,
-                ends=ends,
-                loss=loss,
-                first=max(worst, default=0.0) - gone,
-                alone=max((size.working for size in here), default=0.0) - gone,
-                two=2 * max((size.kept for size in here), default=0.0) + outside,
-                last=outside + ends - gone + max((size.kept + size.working for size in here), default=0.0),
-            )
-        return self.saved[id(stage)]
+        found = self.saved.get(id(stage))
+        if found is None:
+            found = self.saved[id(stage)] = self._keep(stage)
+        return found
+
+    def _keep(self, stage: Stage) -> Kept:
+        *blocks, before, after = self.sizes
+        kept = alone = widest = last = 0.0
+        first: float | None = None
+        for size, count, later in zip(blocks, stage.kinds, stage.later, strict=True):
+            if count:  # one pass: a search asks for hundreds of thousands
+                working = size.working
+                kept += count * size.kept
+                alone, widest, last = max(alone, working), max(widest, size.kept), max(last, size.kept + working)
+                for number, other in zip(later, blocks, strict=True):
+                    if number:
+                        working -= number * other.kept
+                first = working if first is None or working > first else first
+        outside = before.kept if stage.before else 0.0
+        if stage.before:
+            first = max(before.working - kept, before.working - kept if first is None else first)
+        ends, loss, gone = (after.kept, after.working, after.ends) if stage.after else (0.0, 0.0, 0.0)
+        return Kept(
+            saved=kept + outside,
+            ends=ends,
+            loss=loss,
+            first=(first or 0.0) - gone,
+            alone=alone - gone,
+            two=2 * widest + outside,
+            last=outside + ends - gone + last,
+        )
