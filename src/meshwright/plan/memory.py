@@ -36,7 +36,7 @@ G the bytes of its fp32 gradients, and B those of a gradient bucket (`bucket_byt
 | a slice is updated (`updating`)     | its states and weights in full precision where less is stored, its gradient where it  |
 |                                     | has 16 bits; with offload=params the unit's shards                                     |
 | gradients travel (`travelling`)     | zero=2: 2 B + B / N. update=backward: 2 B; with zero=1 the B that are gathered, with    |
-|                                     | zero=2 those and B / N                                                                 |
+|                                     | zero=2 those and B / N (not on a CPU, where gloo sums in place)                         |
 |                                     | zero=3: 2 U gathered (at work, and the next), G and G / N; with offload=params the     |
 |                                     | shards of 4 units (the next one's, of that at work, reduced and updated)               |
 Source: Rajbhandari et al., ZeRO (arXiv:1910.02054), section 5; the paper's mixed-precision column keeps 16-bit gradients (2 Psi),
@@ -127,7 +127,7 @@ def state_bytes(
         host=_away(moved, weights, states, disk=False),
         disk=_away(moved, weights, states, disk=True),
         updating=updating_bytes(plan, mine, parked, bytes_each, units, optimizer_states),
-        travelling=_travelling(plan, trainable, largest_unit if units else 0, largest_parameter, live, low, parked),
+        travelling=_travelling(plan, trainable, largest_unit if units else 0, largest_parameter, live, low, parked, on_host),
     )
 
 
@@ -163,7 +163,7 @@ def widths(plan: Plan, bytes_each: int, units: bool) -> tuple[int, int, int, flo
     return live, 2 if narrow and units else bytes_each, master, state
 
 
-def _travelling(plan: Plan, trainable: int, unit: int, parameter: int, live: int, low: bool, parked: float) -> float:
+def _travelling(plan: Plan, trainable: int, unit: int, parameter: int, live: int, low: bool, parked: float, on_host: bool) -> float:
     """The last rows of the docstring's last table, at the worst moment of a backward."""
     if unit:
         return 2 * (2 if low else live) * unit + 4 * unit * (1 + 1 / plan.shards) + 4 * parked
@@ -172,7 +172,8 @@ def _travelling(plan: Plan, trainable: int, unit: int, parameter: int, live: int
     bucket = max(4 * parameter, bucket_bytes(4 * trainable))
     sharded = plan.shards > 1
     gathered = live / 4 if sharded and plan.zero and plan.update == "backward" else 0.0
-    return bucket * (2 + gathered + (1 / plan.shards if sharded and plan.zero == 2 else 0.0))
+    apart = 1 / plan.shards if sharded and plan.zero == 2 and not on_host else 0.0  # gloo sums in place
+    return bucket * (2 + gathered + apart)
 
 
 def _away(moved: dict[tuple[str, bool], float], weights: float, states: float, disk: bool) -> float:
